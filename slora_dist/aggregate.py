@@ -1,0 +1,99 @@
+"""What rank 0 does with updates: a streaming mean, and the server optimiser on it.
+
+FedAvg, FedAvgM, FedAdam and FedYogi are one thing: an optimiser that takes the negative mean update for a gradient (Reddi et al. 2021,
+"Adaptive Federated Optimization"). SGD with learning rate 1 equals averaging bit for bit.
+
+Legend: N coordinates, n a stretch of them.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slora_dist.config import ServerConfig
+
+
+class Mean:
+    """The weighted mean of updates that arrive stretch by stretch; memory O(N), whatever the number of clients."""
+
+    def __init__(self, numel: int) -> None:
+        self._sum_N = torch.zeros(numel)
+        self._weight = 0.0
+
+    def count(self, weight: float) -> None:
+        """Announce a client of ``weight``, before its first stretch."""
+        self._weight += weight
+
+    def add(self, start: int, values_n: Tensor, weight: float) -> None:
+        """Add a stretch of a client's update that begins at coordinate ``start``."""
+        self._sum_N[start : start + values_n.numel()].add_(values_n.to(self._sum_N.device), alpha=weight)
+
+    def result(self) -> Tensor:
+        """Return the mean over all clients that were counted."""
+        return self._sum_N / self._weight
+
+
+class Yogi(torch.optim.Optimizer):
+    """Yogi (Zaheer et al. 2018) as the server optimiser FedYogi uses it: v <- v - (1 - b2) g^2 sign(v - g^2), no bias correction."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step."""
+        assert closure is None
+        for group in self.param_groups:
+            (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.full_like(parameter, eps**2)
+                first, second, square = state["exp_avg"], state["exp_avg_sq"], parameter.grad.square()
+                first.lerp_(parameter.grad, 1 - beta1)
+                second.addcmul_(torch.sign(second - square), square, value=-(1 - beta2))
+                parameter.addcdiv_(first, second.sqrt().add_(eps), value=-lr)
+
+
+class Server:
+    """The global state of a phase: the offset of every coordinate, and the optimiser that moves it."""
+
+    def __init__(self, config: ServerConfig, offset_N: Tensor) -> None:
+        self._offset = nn.Parameter(offset_N.clone())
+        betas = (config.momentum, config.beta2)
+        self._optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            self._optimizer = torch.optim.SGD([self._offset], lr=config.lr, momentum=config.momentum)
+        elif config.optimizer == "adam":
+            self._optimizer = torch.optim.Adam([self._offset], lr=config.lr, betas=betas, eps=config.eps)
+        else:
+            self._optimizer = Yogi([self._offset], lr=config.lr, betas=betas, eps=config.eps)
+
+    @property
+    def offset_N(self) -> Tensor:
+        """The current offset, float32 of length N."""
+        return self._offset.detach()
+
+    def step(self, mean_N: Tensor) -> None:
+        """Move the offset by the mean update of a round."""
+        self._offset.grad = -mean_N
+        self._optimizer.step()
+        self._offset.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that a checkpoint needs, as named tensors."""
+        moments: dict[str, Any] = self._optimizer.state_dict()["state"].get(0, {})
+        return {"offset": self.offset_N} | {
+            f"optimizer.{name}": torch.as_tensor(value) for name, value in moments.items() if value is not None
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state`` returned."""
+        with torch.no_grad():
+            self._offset.copy_(state["offset"])
+        moments = {name.removeprefix("optimizer."): value for name, value in state.items() if name.startswith("optimizer.")}
+        if moments:
+            self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": {0: moments}})

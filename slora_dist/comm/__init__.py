@@ -1,0 +1,47 @@
+"""Transports: how bytes and sums get from rank to rank. ``connect`` picks one, ``base.Communicator`` says what it can do."""
+
+from collections.abc import Mapping
+
+import torch
+
+from slora_dist.comm.base import Communicator
+from slora_dist.errors import ConfigError
+from slora_dist.world import World, rendezvous
+
+
+def connect(backend: str, world: World, environ: Mapping[str, str], timeout: float, device: torch.device) -> Communicator:
+    """Return this rank's communicator for ``comm.backend``; ``timeout`` is seconds of one operation.
+
+    Raises ``ConfigError`` where backend, launcher and devices do not fit together, ``RunError`` when ranks do not come together.
+    """
+    chosen = choose(backend, world, device)
+    if chosen == "alone":
+        from slora_dist.comm.alone import Alone
+
+        return Alone()
+    if chosen == "mpi":
+        from slora_dist.comm.mpi_comm import MpiComm  # mpi4py is an extra, and importing it starts MPI
+
+        return MpiComm(world, timeout)
+    from slora_dist.comm.torch_comm import TorchComm, open_store
+
+    host, port = rendezvous(environ, world)
+    return TorchComm(chosen, world.rank, world.size, open_store(host, port, world, environ), timeout, device)
+
+
+def choose(backend: str, world: World, device: torch.device) -> str:
+    """Return alone, gloo, nccl or mpi for the setting ``comm.backend``.
+
+    ``mpi`` is taken at its word even in a world of one, since that is how ranks look whose launcher nobody knows.
+    """
+    if world.size == 1 and backend != "mpi":
+        return "alone"
+    shared_gpu = device.type == "cuda" and world.local_size > torch.cuda.device_count()
+    if backend == "nccl" and (device.type != "cuda" or shared_gpu):
+        problem = "nccl cannot have two ranks on one GPU" if shared_gpu else f"nccl needs GPUs, and this rank trains on {device.type}"
+        raise ConfigError("comm.backend", problem, "gloo, or a GPU for every rank with run.device=cuda")
+    if backend != "auto":
+        return backend
+    if world.launcher in ("openmpi", "mpich"):
+        return "mpi"
+    return "nccl" if device.type == "cuda" and not shared_gpu else "gloo"

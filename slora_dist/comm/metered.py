@@ -1,0 +1,90 @@
+"""Counting, wrapped around any communicator: the same verbs with a label, every call a line of the ledger."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from slora_dist.comm.base import Communicator
+from slora_dist.ledger import Label, Ledger
+from slora_dist.wire import HEADER_BYTES
+
+
+class Metered:
+    """A communicator that writes what it moves, and how long it took, into a ledger."""
+
+    def __init__(self, comm: Communicator, ledger: Ledger) -> None:
+        self.comm, self.ledger = comm, ledger
+        self.rank, self.size = comm.rank, comm.size
+        self.seconds = 0.0  # spent inside the transport since the caller last set it to zero
+
+    def broadcast(self, wire_B: Tensor, label: Label, clients: int) -> None:
+        """Fill ``wire_B`` on every rank with rank 0's; ``clients`` of this rank receive it."""
+        began = time.perf_counter()
+        self.comm.broadcast(wire_B)
+        moved = wire_B.numel() if self.size > 1 else 0
+        self._note(label, "broadcast", clients, moved, time.perf_counter() - began)
+
+    def gather(
+        self, messages: Iterable[Tensor], senders: Sequence[int], label: Label, nbytes: int | None, header: bool = False
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the messages on rank 0 as ``Communicator.gather`` does; time spent making or using them is not counted.
+
+        Without ``nbytes`` the label has one kind, of whatever size. With ``header`` each message begins with one, noted apart as control.
+        """
+        clock = _Clock()
+        made = _Made(messages, clock)
+        received = 0
+        clock.start()
+        for item in self.comm.gather(made, senders, nbytes):
+            received += item[2].numel() * (senders[item[0]] != self.rank)
+            clock.stop()
+            yield item
+            clock.start()
+        clock.stop()
+        moved = received + (made.nbytes if self.rank else 0)
+        if nbytes is None:  # sizes are known only now
+            label = replace(label, by_kind=dict.fromkeys(label.by_kind, made.nbytes))
+        self._note(label, "gather", 1 if nbytes is None else made.count, moved, clock.seconds)
+        if header:
+            self.ledger.add(Label(label.phase, label.round, "control", {"header": HEADER_BYTES}), "gather", made.count, 0, 0.0)
+
+    def _note(self, label: Label, op: str, clients: int, moved: int, seconds: float) -> None:
+        self.seconds += seconds
+        self.ledger.add(label, op, clients, moved, seconds)
+
+
+class _Clock:
+    """Seconds between each start and the stop that follows it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+class _Made:
+    """This rank's own messages, counted, with the clock stopped while one is being made."""
+
+    def __init__(self, messages: Iterable[Tensor], clock: _Clock) -> None:
+        self._messages, self._clock = iter(messages), clock
+        self.count = self.nbytes = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        self._clock.stop()
+        try:
+            message_B = next(self._messages)
+        finally:
+            self._clock.start()
+        self.count += 1
+        self.nbytes += message_B.numel()
+        return message_B

@@ -1,0 +1,154 @@
+"""torch.distributed as a communicator: gloo between CPUs, nccl between GPUs.
+
+gloo binds the interface that GLOO_SOCKET_IFNAME names, else the one of the host name. nccl moves device memory only: wires that lie
+elsewhere are staged through the device, and gathered chunks are handed over on the CPU, as by every transport.
+Legend: B bytes of a message, b bytes of a bucket or less.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from slora_dist.comm import stream
+from slora_dist.comm.alone import leave
+from slora_dist.comm.base import BUCKET, INIT_SECONDS, MAX_MESSAGE, Chunk, check_summable, check_wire, failing, staged
+from slora_dist.world import World
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """Works under way with ``peer``. ``staged_b`` keeps their memory alive, ``target_b`` is where a receive's bytes go in the end."""
+
+    rank: int
+    peer: int
+    seconds: float
+    works: list[dist.Work]
+    staged_b: Tensor
+    target_b: Tensor
+
+    def wait(self) -> None:
+        with failing(self.rank, "gather", self.peer):
+            for work in self.works:
+                work.wait(timedelta(seconds=self.seconds))
+        if self.target_b is not self.staged_b:
+            self.target_b.copy_(self.staged_b)
+
+
+class TorchComm:
+    """One rank of a process group with all ranks.
+
+    ``store`` is the one that all ranks share. ``timeout`` is seconds of one operation; coming together may take ``INIT_SECONDS``.
+    ``device`` is this rank's CUDA device for nccl, and not used by gloo. ``bucket`` is a multiple of 64 bytes.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        rank: int,
+        size: int,
+        store: Store,
+        timeout: float,
+        device: torch.device | None = None,
+        bucket: int = BUCKET,
+        max_message: int = MAX_MESSAGE,
+    ) -> None:
+        assert bucket > 0 and bucket % 64 == 0
+        self.rank, self.size, self.name = rank, size, backend
+        self.timeout, self.bucket, self.max_message = timeout, bucket, max_message
+        self.device = device if backend == "nccl" and device else torch.device("cpu")
+        with failing(rank, "connect"):
+            _call_roll(store, rank, size)
+            self._join(store)
+
+    def _join(self, store: Store) -> None:
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else a late peer kills the process instead of raising here
+        dist.init_process_group(
+            self.name,
+            store=PrefixStore("slora_dist", store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=self.timeout),
+            device_id=self.device if on_gpu else None,
+        )
+        if on_gpu:
+            self.barrier()  # nccl's first operation must be one of all ranks, and gather is not
+
+    def broadcast(self, wire_B: Tensor) -> None:
+        """Overwrite ``wire_B`` by that of rank 0."""
+        check_wire(wire_B)
+        if wire_B.numel():
+            self._collective("broadcast", wire_B, lambda tensor: dist.broadcast(tensor, 0, async_op=True))
+
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
+        """Bring messages to rank 0 in order, in chunks. A rank keeps its messages until all are sent: gloo cannot tell before."""
+        return stream.gather(self, messages, senders, nbytes)
+
+    def reduce(self, values: Tensor) -> None:
+        """Sum to rank 0, in place."""
+        check_summable(values)
+        if values.numel():
+            self._collective("reduce", values, lambda tensor: dist.reduce(tensor, 0, async_op=True))
+
+    def barrier(self) -> None:
+        """Return when all ranks have called it; gloo's names a rank that does not."""
+        with failing(self.rank, "barrier"):
+            if self.name == "gloo":
+                dist.monitored_barrier(timeout=timedelta(seconds=self.timeout))
+            else:
+                dist.barrier(device_ids=[self.device.index])
+
+    def abort(self, code: int) -> NoReturn:
+        """End this process; its broken connections end those that wait for it, and torchrun or srun -K all others."""
+        leave(code)
+
+    def close(self) -> None:
+        """Wait for all ranks, so that none cuts a connection in use, and leave the group."""
+        self.barrier()
+        dist.destroy_process_group()
+
+    def send(self, chunk_b: Tensor, turns: int) -> stream.Transfer:
+        """Start to send to rank 0 (see ``stream.Link``)."""
+        staged_b = chunk_b.to(self.device)
+        return self._transfer(dist.isend, staged_b, staged_b, 0, self.timeout * turns)
+
+    def receive(self, chunk_b: Tensor, peer: int) -> stream.Transfer:
+        """Start to receive from ``peer`` (see ``stream.Link``)."""
+        staged_b = chunk_b if self.device.type == "cpu" else torch.empty_like(chunk_b, device=self.device)
+        return self._transfer(dist.irecv, staged_b, chunk_b, peer, self.timeout)
+
+    def _transfer(self, op: Callable[..., Any], staged_b: Tensor, target_b: Tensor, peer: int, seconds: float) -> _Transfer:
+        with failing(self.rank, "gather", peer):  # batched even though it is one: unbatched, nccl opens a communicator per pair of ranks
+            works = dist.batch_isend_irecv([dist.P2POp(op, staged_b, peer)])
+        return _Transfer(self.rank, peer, seconds, works, staged_b, target_b)
+
+    def _collective(self, op: str, values: Tensor, start: Callable[[Tensor], dist.Work | None]) -> None:
+        with failing(self.rank, op), staged(values, self.device) as tensor:
+            work = start(tensor)
+            assert work is not None
+            work.wait()
+
+
+def open_store(host: str, port: int, world: World, environ: Mapping[str, str]) -> Store:
+    """Return the store at ``host``:``port`` that all ranks share. Rank 0 serves it, unless torchrun's agent does so already."""
+    served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    with failing(world.rank, "connect", 0 if world.rank else None):
+        patience = timedelta(seconds=INIT_SECONDS)
+        return TCPStore(host, port, is_master=world.rank == 0 and not served, timeout=patience, wait_for_workers=False)
+
+
+def _call_roll(store: Store, rank: int, size: int) -> None:
+    """Return once all ranks have come; say who has not after ``INIT_SECONDS``."""
+    store.set(f"here/{rank}", "1")
+    for peer in range(size):
+        with failing(rank, f"connect within {INIT_SECONDS:.0f} s", peer):
+            store.wait([f"here/{peer}"], timedelta(seconds=INIT_SECONDS))

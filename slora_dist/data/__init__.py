@@ -1,0 +1,1 @@
+"""Documents: fetched, loaded, split over clients, and turned into batches of tokens."""

@@ -1,0 +1,67 @@
+"""Who has which documents. In one world every rank reads the one source and computes the same split; in the other each client has a
+file that only the rank that plays it opens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from slora_dist.config import Config
+from slora_dist.data import source
+from slora_dist.data.partition import split
+from slora_dist.data.source import Documents
+from slora_dist.data.tokens import Encoded, encode, word_tokenizer
+from slora_dist.errors import ConfigError
+
+
+def class_names(config: Config) -> list[str]:
+    """Return the names of the classes; reads the source only when ``data.labels`` does not give them."""
+    if config.data.labels is not None:
+        return source.class_names(config.data.labels)
+    return source.load_train(config.data, config.run.seed)[1]
+
+
+class Federation:
+    """The clients' documents, tokenised when first asked for, and the names of the classes."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self._config, self._encoded = config, dict[int, Encoded]()
+        self._source: Documents | None = None
+        self.sizes: list[int] | None = None  # documents of each client, where every rank can know them
+        if config.client_files:
+            self.names = class_names(config)
+        else:
+            self._source, self.names = source.load_train(config.data, config.run.seed)
+            self._parts = split(self._source, config.data, config.clients.count, config.run.seed)
+            self.sizes = [len(part) for part in self._parts]
+        self.tokenizer = tokenizer or self._words()
+
+    def open(self, clients: Sequence[int]) -> None:
+        """Read and tokenise these clients' own files now, so that a bad one is found before training; one shared source waits."""
+        if self._config.client_files:
+            for client in clients:
+                self.client(client)
+
+    def client(self, client: int) -> Encoded:
+        """Return the documents of one client."""
+        if client not in self._encoded:
+            self._encoded[client] = encode(self._documents(client), self.tokenizer, self._config.data.max_length)
+        return self._encoded[client]
+
+    def test(self) -> Encoded:
+        """Return the held-out documents."""
+        documents = source.load_test(self._config.data, self.names, self._config.run.seed)
+        return encode(documents, self.tokenizer, self._config.data.max_length)
+
+    def _documents(self, client: int) -> Documents:
+        if self._source is None:
+            documents = source.load_client(self._config.data, client, self.names)
+            if not documents.texts:
+                raise ConfigError("data.path", f"the file of client {client} holds no documents", "one document or more for every client")
+            return documents
+        part, every = self._parts[client], self._source
+        return Documents([every.texts[at] for at in part], [every.labels[at] for at in part], None)
+
+    def _words(self) -> Any:
+        if self._source is None:
+            raise ConfigError("model.tokenizer", "missing", "a tokenizer folder or name, when each client has its own file")
+        return word_tokenizer(self._source.texts)

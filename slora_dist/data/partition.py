@@ -1,0 +1,74 @@
+"""How one source falls to clients, by flwr-datasets' partitioners. Every rank computes the same split; nothing is sent."""
+
+import contextlib
+import io
+import warnings
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slora_dist.config import DataConfig
+from slora_dist.data.permutation import permutation
+from slora_dist.data.source import Documents
+from slora_dist.errors import ConfigError
+from slora_dist.seeding import derive
+
+REMEDY = "fewer clients, a larger alpha, more documents"
+
+
+def split(documents: Documents, config: DataConfig, count: int, seed: int) -> list[NDArray[np.int64]]:
+    """Return for each of ``count`` clients the ascending indices of its documents; none belongs to two clients.
+
+    ``natural`` takes the ``count`` client ids with the most documents. Raises ``ConfigError`` if the documents do not suffice.
+    """
+    total = len(documents.texts)
+    if count > total:
+        raise ConfigError("clients.count", f"{count} clients for {total} documents", f"1 to {total}")
+    parts = _natural(documents, count) if config.partition == "natural" else _drawn(documents, config, count, derive(seed, "partition"))
+    for client, part in enumerate(parts):
+        if len(part) == 0:
+            raise ConfigError("data.partition", f"client {client} gets no documents", REMEDY)
+    return parts
+
+
+def _natural(documents: Documents, count: int) -> list[NDArray[np.int64]]:
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    assert documents.clients is not None, "source.load_train reads the column that config demands"
+    sizes = Counter(documents.clients)
+    if count > len(sizes):
+        raise ConfigError("clients.count", f"{count} clients, but the documents name {len(sizes)}", f"1 to {len(sizes)}")
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:count]
+    place = {name: at for at, name in enumerate(sorted(sizes))}  # the partitioner numbers ids in sorted order
+    return _indices(NaturalIdPartitioner("key"), documents.clients, [place[name] for name in largest])
+
+
+def _drawn(documents: Documents, config: DataConfig, count: int, seed: int) -> list[NDArray[np.int64]]:
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, ShardPartitioner
+
+    if config.partition == "iid":
+        order_N = permutation(len(documents.texts), seed)  # the partitioner cuts consecutive pieces: shuffle before it
+        return [np.sort(order_N[part]) for part in _indices(IidPartitioner(count), documents.labels, range(count))]
+    if config.partition == "dirichlet":
+        partitioner = DirichletPartitioner(count, "key", config.alpha, min_partition_size=1, self_balancing=False, seed=seed)
+        return _indices(partitioner, documents.labels, range(count))
+    if count * config.shards > len(documents.texts):
+        problem = f"{count} clients x {config.shards} shards for {len(documents.texts)} documents"
+        raise ConfigError("data.shards", problem, f"1 to {len(documents.texts) // count}")
+    shards = ShardPartitioner(count, "key", num_shards_per_partition=config.shards, keep_incomplete_shard=True, seed=seed)
+    return _indices(shards, documents.labels, range(count))
+
+
+def _indices(partitioner: Any, keys: list[int] | list[str], parts: Any) -> list[NDArray[np.int64]]:
+    """Let ``partitioner`` split by ``keys`` alone (texts stay here) and read back which row went where."""
+    from datasets import Dataset
+
+    partitioner.dataset = Dataset.from_dict({"key": keys, "index": range(len(keys))})
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # it warns of every retry and shows a progress bar
+            warnings.simplefilter("ignore")
+            return [np.sort(np.asarray(partitioner.load_partition(part)["index"][:], dtype=np.int64)) for part in parts]
+    except ValueError as error:
+        raise ConfigError("data.partition", f"the documents do not suffice: {str(error).split('. ')[0].rstrip('.')}", REMEDY) from None

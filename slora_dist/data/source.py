@@ -1,0 +1,246 @@
+"""Documents with their classes, from a file, a ``datasets`` folder, a hub or the toy set; every mistake in them is named here.
+
+The columns are checked as a whole before a limit is drawn, so that what a run accepts does not depend on its seed.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slora_dist.config import DataConfig
+from slora_dist.data.fetch import resolve
+from slora_dist.data.permutation import subset
+from slora_dist.data.toy import toy
+from slora_dist.errors import ConfigError
+from slora_dist.seeding import derive
+
+# pandas would read the words "NA" and "null" as missing, and a class may well be called that: only empty cells are missing
+CSV = {"keep_default_na": False, "na_values": [""]}
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", CSV),
+    ".tsv": ("csv", {**CSV, "sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+FORMATS = f"a {', '.join(READERS)} file, a `datasets` folder, a folder with train and test files, a hub name, or `toy`"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts with the index of their class, and the name of the client each belongs to, if that is known."""
+
+    texts: list[str]
+    labels: list[int]
+    clients: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.texts) == len(self.labels) and (self.clients is None or len(self.clients) == len(self.texts))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split of a source: its rows, the ``name`` that a user knows it by, and the ``setting`` that named it."""
+
+    rows: Any
+    name: str
+    setting: str
+
+    def __post_init__(self) -> None:
+        if len(self.rows) == 0:
+            raise ConfigError(self.setting, f"{self.name} holds no documents", "at least one")
+
+
+def class_names(labels: int | list[str]) -> list[str]:
+    """Return the names of the classes that ``data.labels`` gives: its own, or "0" to "n-1". Raises ``ConfigError``."""
+    names = [str(index) for index in range(labels)] if isinstance(labels, int) else labels
+    if not names or len(set(names)) < len(names):
+        raise ConfigError("data.labels", f"{labels} is no set of classes", "a number from 1, or names that differ")
+    return names
+
+
+def load_train(config: DataConfig, seed: int) -> tuple[Documents, list[str]]:
+    """Read the training split of one source; return its documents and the class names in order. Raises ``ConfigError``."""
+    table = _train(config.path, config)
+    if isinstance(config.labels, int) and _named(table, config):
+        raise ConfigError("data.labels", f"{table.name} names its classes", "the list of names, in order")
+    names = _found_names(table, config) if config.labels is None else class_names(config.labels)
+    return _documents(table, config, names, config.client_column, config.limit, derive(seed, "limit")), names
+
+
+def load_test(config: DataConfig, names: list[str], seed: int) -> Documents:
+    """Read the held-out documents; ``names`` are the classes, as ``load_train`` returned them. Raises ``ConfigError``."""
+    return _documents(_test(config), config, names, None, config.test_limit, derive(seed, "test_limit"))
+
+
+def load_client(config: DataConfig, client: int, names: list[str]) -> Documents:
+    """Read the file of one client, and no other. Raises ``ConfigError``."""
+    return _documents(_train(config.path.replace("{client}", str(client)), config), config, names, None, None, 0)
+
+
+def _train(path: str, config: DataConfig) -> Table:
+    splits = _open(path, "data.path")
+    return Table(_pick(splits, config.split, path, "data.split"), path, "data.path")
+
+
+def _test(config: DataConfig) -> Table:
+    path, setting = (config.path, "data.path") if config.test_path is None else (config.test_path, "data.test_path")
+    splits = _open(path, setting)
+    if config.test_path is None and not isinstance(splits, dict):
+        raise ConfigError("data.test_path", f"missing, and {path} has no split to evaluate on", FORMATS)
+    if config.test_path is None and config.test_split not in splits:
+        raise ConfigError(
+            "data.test_path",
+            f"missing, and {path} has no split {config.test_split!r}",
+            f"a held-out source, or `data.test_split` one of {', '.join(splits)}",
+        )
+    return Table(_pick(splits, config.test_split, path, "data.test_split"), path, setting)
+
+
+def _pick(splits: Any, split: str, path: str, setting: str) -> Any:
+    if not isinstance(splits, dict):
+        return splits
+    if split not in splits:
+        raise ConfigError(setting, f"no split {split!r} in {path}", f"one of {', '.join(splits)}")
+    chosen = splits[split]
+    return _read(chosen, setting) if isinstance(chosen, Path) else chosen
+
+
+def _open(path: str, setting: str) -> Any:
+    """Return the rows at ``path`` (a ``datasets.Dataset``), or a dict of splits: rows, or files that are still closed."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = resolve(path, "data")
+    if path == "toy":
+        return {split: datasets.Dataset.from_dict(columns) for split, columns in toy().items()}
+    place = Path(path)
+    if place.is_dir():
+        return _folder(place, setting)
+    if place.suffix in READERS or place.is_absolute() or path.startswith("."):
+        return _read(place, setting)
+    return _hub(path, setting)
+
+
+def _folder(folder: Path, setting: str) -> Any:
+    import datasets
+
+    if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
+        try:
+            return datasets.load_from_disk(str(folder))
+        except (OSError, ValueError, IndexError) as error:  # IndexError is what it says to a folder without rows
+            raise ConfigError(
+                setting, f"{folder} cannot be read ({_cause(error)})", "a folder with documents that `datasets` saved"
+            ) from None
+    files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in READERS}
+    if not files:
+        raise ConfigError(setting, f"no documents in {folder}", FORMATS)
+    return files
+
+
+def _read(file: Path, setting: str) -> Any:
+    import datasets
+
+    if not file.exists():
+        raise ConfigError(setting, f"{file} does not exist", FORMATS)
+    if file.suffix not in READERS:
+        raise ConfigError(setting, f"{file} has an unknown format", FORMATS)
+    builder, options = READERS[file.suffix]
+    try:
+        with tempfile.TemporaryDirectory() as cache:  # ranks share no cache, so they need no locks, and none goes stale
+            return datasets.load_dataset(builder, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(setting, f"{file} cannot be read ({_cause(error)})", f"a sound {file.suffix} file with documents in it") from None
+
+
+def _hub(path: str, setting: str) -> Any:
+    import datasets
+
+    name, _, subset_name = path.partition(":")
+    try:
+        return dict(datasets.load_dataset(name, subset_name or None))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(setting, f"{path} cannot be loaded ({_cause(error)})", FORMATS) from None
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:  # ``datasets`` wraps the reader's own words
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _documents(table: Table, config: DataConfig, names: list[str], client_column: str | None, limit: int | None, seed: int) -> Documents:
+    texts = _texts(table, config.text)
+    labels = _labels(table, config, names)
+    clients = [str(client) for client in _filled(table, "data.client_column", client_column)] if client_column else None
+    kept = subset(len(texts), limit, seed).tolist()
+    return Documents([texts[at] for at in kept], [labels[at] for at in kept], [clients[at] for at in kept] if clients else None)
+
+
+def _filled(table: Table, setting: str, column: str) -> list[Any]:
+    """Return the values of ``column``, none of which may be missing."""
+    _check_column(table, setting, column)
+    values: list[Any] = table.rows[column][:]
+    if None in values:
+        raise ConfigError(setting, f"{column!r} is missing in row {values.index(None) + 1} of {table.name}", "a value in every row")
+    return values
+
+
+def _check_column(table: Table, setting: str, column: str) -> None:
+    if column not in table.rows.column_names:
+        raise ConfigError(setting, f"no column {column!r} in {table.name}", f"one of {', '.join(table.rows.column_names)}")
+
+
+def _texts(table: Table, column: str) -> list[str]:
+    texts = _filled(table, "data.text", column)
+    for row, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise ConfigError("data.text", f"{column!r} of {table.name} holds {type(text).__name__}", "a column of text")
+        if not text.strip():
+            raise ConfigError("data.text", f"the document in row {row} of {table.name} is empty", "a text in every row")
+    return texts
+
+
+def _named(table: Table, config: DataConfig) -> bool:
+    return any(isinstance(label, str) for label in _raw_labels(table, config))
+
+
+def _raw_labels(table: Table, config: DataConfig) -> list[Any]:
+    """Return the labels as they stand, integers or names; the integers of a ``ClassLabel`` as its names, unless integers are asked for."""
+    labels = _filled(table, "data.label", config.label)
+    own = getattr(table.rows.features[config.label], "names", None)
+    if own is None or isinstance(config.labels, int):
+        return labels
+    return [own[label] if 0 <= label < len(own) else label for label in labels]
+
+
+def _found_names(table: Table, config: DataConfig) -> list[str]:
+    labels = _raw_labels(table, config)
+    own = getattr(table.rows.features[config.label], "names", None)
+    if own is not None:
+        return list(own)
+    if labels and all(type(label) is int for label in labels):
+        return class_names(max(labels) + 1)
+    return sorted({label for label in labels if isinstance(label, str)})
+
+
+def _labels(table: Table, config: DataConfig, names: Sequence[str]) -> list[int]:
+    index = {name: at for at, name in enumerate(names)}
+    return [_index(label, index, table) for label in _raw_labels(table, config)]
+
+
+def _index(label: object, index: dict[str, int], table: Table) -> int:
+    if isinstance(label, str):
+        if label not in index:
+            raise ConfigError("data.label", f"label {label!r} in {table.name} is no known class", f"one of {', '.join(index)}")
+        return index[label]
+    if type(label) is not int:
+        raise ConfigError("data.label", f"label {label!r} in {table.name} is a {type(label).__name__}", "integers from 0, or names")
+    if not 0 <= label < len(index):
+        raise ConfigError("data.label", f"label {label} in {table.name} is outside the range", f"0 to {len(index) - 1}")
+    return label

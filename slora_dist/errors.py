@@ -1,0 +1,20 @@
+"""The two kinds of failure that a user sees.
+
+``ConfigError`` is what the user can mend by changing a setting or a file: it ends the program with exit code 2 before any training.
+``RunError`` is what broke while the run was under way: it names rank, phase, round and operation and ends with exit code 1.
+"""
+
+
+class ConfigError(ValueError):
+    """A setting or a file that cannot be used.
+
+    ``setting`` is the dotted name (``method.sparse.density``) or a path, ``problem`` says what is wrong, ``allowed`` what would be right.
+    """
+
+    def __init__(self, setting: str, problem: str, allowed: str) -> None:
+        self.setting, self.problem, self.allowed = setting, problem, allowed
+        super().__init__(f"{setting}: {problem}. Allowed: {allowed}.")
+
+
+class RunError(RuntimeError):
+    """A failure in the middle of a run: a peer that is gone, a frame that is not valid, a message that is too late."""

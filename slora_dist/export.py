@@ -1,0 +1,147 @@
+"""What comes out of a run, in the formats that others load: a PEFT adapter, or a plain transformers model.
+
+An adapter stands on a base. When the base is not what a folder or hub name holds bit for bit (random weights, a kept residual), it is
+saved beside the adapter. Phases without factors (sparse, dense) leave a delta: the changed entries and their values.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from slora_dist import methods
+from slora_dist.config import LowrankPhase
+from slora_dist.errors import ConfigError
+from slora_dist.model import Classifier, head_parameters, ranks
+from slora_dist.support import Support
+
+ABOUT, DELTA = "slora_dist.json", "delta.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of a run: the last phase, its coordinates and offset, on a classifier whose base weights are those it stands on."""
+
+    phase: methods.AnyPhase
+    classifier: Classifier
+    coordinates: Support
+    offset_N: Tensor
+    base_changed: bool
+    tokenizer: Any
+
+
+def write(result: Result, folder: Path) -> None:
+    """Write the adapter or delta, with its base where that is needed, into ``folder``; the classifier is used up."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    net, source = result.classifier.net, result.classifier.source
+    delta = {name: tensor.cpu() for name, tensor in result.coordinates.densify(result.offset_N.cpu()).items()}
+    methods.remove_adapters(net)
+    if source is None or result.base_changed:
+        net.save_pretrained(folder / "base")  # type: ignore[operator]
+        source = str((folder / "base").resolve())
+    result.tokenizer.save_pretrained(folder)
+    about = {"base": source, "phase": result.phase.model_dump(), "id2label": net.config.id2label}  # type: ignore[union-attr]
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    if isinstance(result.phase, LowrankPhase):
+        _write_lora(result.phase, result.classifier, delta, source, folder)
+    else:
+        _write_delta(result, folder)
+
+
+def export(adapter: Path, destination: Path, merge: bool) -> None:
+    """Copy a run's adapter to ``destination``, or with ``merge`` write a plain transformers model there.
+
+    Raises ``ConfigError`` when there is no adapter, the destination is taken, or the method has none (sparse and dense: merge them).
+    """
+    if destination.exists() and any(destination.iterdir()):
+        raise ConfigError("DEST", f"{destination} is not empty", "a new folder")
+    is_lora, is_delta = (adapter / "adapter_config.json").exists(), (adapter / DELTA).exists()
+    if not (is_lora or is_delta):
+        raise ConfigError("RUN", f"{adapter} holds no adapter", "the folder of a finished run")
+    if not merge:
+        if is_delta:
+            raise ConfigError("--merge", "missing: the run ended in a sparse or dense phase, which has no PEFT adapter", "--merge")
+        _copy(adapter, destination)
+        return
+    net = _base(adapter)
+    if is_lora:
+        net = PeftModel.from_pretrained(net, adapter).merge_and_unload()
+    else:
+        _add_delta(net, load_file(adapter / DELTA))
+    net.save_pretrained(destination)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(destination)
+
+
+def _write_lora(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, Tensor], source: str, folder: Path) -> None:
+    by_layer = ranks(classifier, phase)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        base_model_name_or_path=source,
+        inference_mode=True,
+        modules_to_save=list(classifier.head),
+        **methods.lora_settings(phase, by_layer),
+    )
+    head = {name: classifier.net.get_parameter(name).detach().cpu() + delta[name] for name in head_parameters(classifier)}
+    classifier.net.name_or_path = source  # peft notes it as the adapter's base
+    wrapped = get_peft_model(classifier.net, config)
+    for name, tensor in {**delta, **head}.items():
+        _assign(wrapped.base_model.model, name, tensor)
+    wrapped.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _assign(net: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter by the name it has without peft's wrapper around the head."""
+    module, _, leaf = name.rpartition(".")
+    for depth in range(module.count(".") + 1, 0, -1):
+        outer, inner = ".".join(module.split(".")[:depth]), ".".join(module.split(".")[depth:])
+        holder = net.get_submodule(outer)
+        if hasattr(holder, "modules_to_save"):
+            module = ".".join(part for part in (outer, "modules_to_save.default", inner) if part)
+            break
+    net.get_parameter(f"{module}.{leaf}").copy_(tensor)
+
+
+def _write_delta(result: Result, folder: Path) -> None:
+    tensors = {}
+    for slot, span in result.coordinates.spans():
+        tensors[f"{slot.name}.values"] = result.offset_N[span].cpu().clone()
+        if slot.index is not None:
+            tensors[f"{slot.name}.index"] = slot.index.int()
+    save_file(tensors, folder / DELTA)
+
+
+@torch.no_grad()
+def _add_delta(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, parameter in net.named_parameters():
+        values = tensors.get(f"{name}.values")
+        if values is not None:
+            index = tensors.get(f"{name}.index", torch.arange(parameter.numel()))
+            parameter.view(-1).index_add_(0, index.long(), values)
+
+
+def _base(adapter: Path) -> Any:
+    """Load the base that an adapter folder stands on, with the run's classes."""
+    about = json.loads((adapter / ABOUT).read_text(encoding="utf-8"))
+    labels = {int(at): name for at, name in about["id2label"].items()}
+    source = adapter / "base" if (adapter / "base").exists() else about["base"]
+    return AutoModelForSequenceClassification.from_pretrained(
+        source, id2label=labels, label2id={name: at for at, name in labels.items()}, use_safetensors=True
+    )
+
+
+def _copy(adapter: Path, destination: Path) -> None:
+    shutil.copytree(adapter, destination, dirs_exist_ok=True)
+    if (destination / "base").exists():
+        path = destination / "adapter_config.json"
+        about = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str((destination / "base").resolve())}
+        path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,88 @@
+"""One ``train`` command on one rank: make everything ready, agree that all ranks are, play the rounds, leave the results."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from slora_dist import export, methods, model, show
+from slora_dist.agreement import agree
+from slora_dist.comm.base import Communicator
+from slora_dist.comm.metered import Metered
+from slora_dist.config import Config
+from slora_dist.data.federation import Federation
+from slora_dist.errors import ConfigError
+from slora_dist.ledger import Ledger
+from slora_dist.roundplan import check_world, home
+from slora_dist.rounds import Session
+from slora_dist.runfolder import Checkpoint, RunFolder
+from slora_dist.summary import summarize
+
+
+class Job:
+    """What a rank needs for a run. ``where`` says how far it has come."""
+
+    def __init__(self, config: Config, comm: Communicator, out: Path, device: torch.device) -> None:
+        self.config, self.folder, self.device = config, RunFolder(out), device
+        self.comm = Metered(comm, Ledger(comm.rank))
+        self.session: Session | None = None
+        self.checkpoint: Checkpoint | None = None
+
+    @property
+    def where(self) -> str:
+        """The place in the run, for error messages."""
+        return str(self.session.where) if self.session else "preparation"
+
+    def run(self, resume: bool, stop_after: int | None) -> None:
+        """Play the run to its end, or to round ``stop_after``. Raises ``ConfigError`` on all ranks alike, before any training."""
+        problem: ConfigError | None = None
+        try:
+            self.session = self._prepare(resume)
+        except ConfigError as error:
+            problem = error
+        agree(self.comm, problem)
+        assert self.session
+        done = self.checkpoint.values["round"] if self.checkpoint else 0
+        with show.Progress(self.session.rounds, done) if self.session.is_root else nullcontext() as progress:
+            for record in self.session.play(self.checkpoint, stop_after):
+                if progress:
+                    progress.advance(record)
+        if self.session.is_root:
+            self._leave_results(self.session)
+
+    def _prepare(self, resume: bool) -> Session:
+        """Find out now all that could go wrong later: settings against model, data, world and folder."""
+        rank, size = self.comm.rank, self.comm.size
+        check_world(self.config, size)
+        federation = Federation(self.config, model.tokenizer(self.config.model))
+        federation.open(_at_home(self.config, rank, size))
+        classifier = model.load(self.config.model, federation.names, self.config.run.seed)
+        for phase in self.config.method.resolved():
+            methods.support(phase, classifier, self.config.method, self.config.run.seed)
+        session = Session(self.config, self.comm, classifier, federation, self.folder, self.device)
+        if session.is_root:
+            session.test = federation.test()
+            self._open_folder(resume)
+        return session
+
+    def _open_folder(self, resume: bool) -> None:
+        if resume:
+            self.checkpoint = self.folder.latest()
+            self.folder.rewind(self.checkpoint.values["round"] if self.checkpoint else -1)
+        else:
+            self.folder.create(self.config, {"size": self.comm.size, "transport": self.comm.comm.name})
+
+    def _leave_results(self, session: Session) -> None:
+        result = session.result()
+        if result is None:
+            show.stopped(self.folder)
+            return
+        summary = summarize(self.config, self.folder, session.classifier, session.switch, self.comm.size)
+        export.write(result, self.folder.adapter)
+        self.folder.write_summary(summary)
+        show.finished(self.folder, summary)
+
+
+def _at_home(config: Config, rank: int, size: int) -> Sequence[int]:
+    return [client for client in range(config.clients.count) if home(client, size) == rank]

@@ -1,0 +1,191 @@
+"""The classifier: where it comes from, which modules are its head, and which matrices LoRA may touch.
+
+Legend: O/I out/in features of a matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from slora_dist.config import LowrankPhase, ModelConfig
+from slora_dist.data.fetch import resolve
+from slora_dist.errors import ConfigError
+from slora_dist.seeding import derive
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A sequence classifier: the network, the modules of its head, and whether plain transformers can load its base from ``source``."""
+
+    net: nn.Module
+    head: tuple[str, ...]
+    source: str | None  # folder or hub name whose weights the backbone has bit for bit; None: the base has to be saved with the adapter
+
+
+def shell(config: ModelConfig, names: Sequence[str]) -> Classifier:
+    """Return the classifier without storage (on the meta device): shapes only, for planning."""
+    with torch.device("meta"):
+        net = _from_config(_settings(config, names), config)
+    return Classifier(net, _head(net, config), None)
+
+
+def load(config: ModelConfig, names: Sequence[str], seed: int) -> Classifier:
+    """Load the classifier with float32 weights; what the pretrained model lacks is drawn from ``seed``, alike on every rank."""
+    settings = _settings(config, names)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, "model"))
+        if config.name is None:
+            net, missing = _from_config(settings, config), None
+        else:
+            net, info = _read(config, settings)
+            missing = set(info["missing_keys"])
+    head = _head(net, config)
+    complete = missing is not None and all(key.startswith(tuple(f"{module}." for module in head)) for key in missing)
+    return Classifier(net, head, resolve(config.name, "models") if complete and config.name else None)
+
+
+def tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of the model, or None when its words are to be taken from the training texts."""
+    name = config.tokenizer or config.name
+    if name is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(resolve(name, "models"))
+    except (OSError, ValueError, KeyError) as error:
+        setting = "model.tokenizer" if config.tokenizer else "model.name"
+        raise ConfigError(setting, f"no tokenizer at {name!r} ({_first_line(error)})", "a folder or hub name with a tokenizer") from None
+
+
+def dense_layers(classifier: Classifier) -> dict[str, tuple[int, int]]:
+    """Return {module name: (O, I)} of every dense layer that is neither embedding nor head, in model order; a shared layer counts once."""
+    layers = {}
+    for name, module in classifier.net.named_modules():
+        name = name.removesuffix(".base_layer")
+        if (
+            isinstance(module, nn.Linear | Conv1D)
+            and not _within(name, classifier.head)
+            and "embedding" not in name
+            and "lora_" not in name
+        ):
+            layers[name] = (module.weight.shape[1], module.weight.shape[0]) if isinstance(module, Conv1D) else tuple(module.weight.shape)
+    return layers
+
+
+def is_transposed(classifier: Classifier, layer: str) -> bool:
+    """Whether the layer stores its weight as I x O (GPT-2's Conv1D)."""
+    module = classifier.net.get_submodule(layer)
+    return isinstance(getattr(module, "base_layer", module), Conv1D)
+
+
+def ranks(classifier: Classifier, phase: LowrankPhase) -> dict[str, int]:
+    """Return {module name: rank} of the layers that ``method.lowrank.targets`` names; ``ConfigError`` on names or ranks that do not fit."""
+    layers = dense_layers(classifier)
+    if phase.targets == "all":
+        chosen = list(layers)
+    elif phase.targets == "attention":
+        chosen = [name for name in layers if any("att" in part for part in name.split("."))]
+    else:
+        chosen = [name for name in layers if _ends(name, phase.targets)]
+    unmatched = (
+        [target for target in phase.targets if not any(_ends(name, [target]) for name in layers)] if isinstance(phase.targets, list) else []
+    )
+    if unmatched or not chosen:
+        raise ConfigError("method.lowrank.targets", f"no dense layer is named {unmatched or phase.targets}", ", ".join(_endings(layers)))
+    for ending in phase.ranks:
+        if not _ends_any(chosen, ending):
+            raise ConfigError(
+                f"method.lowrank.ranks.{ending}", "no target has this ending", ", ".join(_endings({name: layers[name] for name in chosen}))
+            )
+    result = {name: next((rank for ending, rank in phase.ranks.items() if _ends(name, [ending])), phase.rank) for name in chosen}
+    for name, rank in result.items():
+        if not 1 <= rank <= min(layers[name]):
+            setting = "method.lowrank.rank" if rank == phase.rank else "method.lowrank.ranks"
+            raise ConfigError(
+                setting, f"rank {rank} is above the matrix {name} of {layers[name][0]} x {layers[name][1]}", f"1 to {min(layers[name])}"
+            )
+    return result
+
+
+def head_parameters(classifier: Classifier) -> list[str]:
+    """Return the names of the head's parameters, in model order."""
+    return [name for name, _ in classifier.net.named_parameters() if _within(name, classifier.head)]
+
+
+def _settings(config: ModelConfig, names: Sequence[str]) -> Any:
+    labels = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+    try:
+        if config.name is None:
+            return AutoConfig.for_model(**(config.config | labels))
+        return AutoConfig.from_pretrained(resolve(config.name, "models"), **(config.config | labels))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        setting = "model.name" if config.name else "model.config"
+        raise ConfigError(setting, f"no model ({_first_line(error)})", "a transformers model folder, hub name or model_type") from None
+
+
+def _from_config(settings: Any, config: ModelConfig) -> Any:
+    try:
+        return AutoModelForSequenceClassification.from_config(settings, attn_implementation=config.attention, dtype=torch.float32)
+    except ValueError as error:
+        raise ConfigError(
+            "model.name" if config.name else "model.config", _first_line(error), "a model with a sequence classifier"
+        ) from None
+
+
+def _read(config: ModelConfig, settings: Any) -> Any:
+    assert config.name is not None
+    folder = resolve(config.name, "models")
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=settings,
+            dtype=torch.float32,
+            attn_implementation=config.attention,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            "model.name", f"{folder!r} cannot be loaded ({_first_line(error)})", "a folder or hub name with safetensors weights"
+        ) from None
+
+
+def _head(net: nn.Module, config: ModelConfig) -> tuple[str, ...]:
+    children = [
+        name for name, child in net.named_children() if name != net.base_model_prefix and next(child.parameters(), None) is not None
+    ]
+    if config.head is None:
+        return tuple(children)
+    modules = dict(net.named_modules())
+    for name in config.head:
+        if name not in modules or not name:
+            raise ConfigError("model.head", f"no module is named {name!r}", ", ".join(children))
+    return tuple(config.head)
+
+
+def _within(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _ends(name: str, endings: Sequence[str]) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def _ends_any(names: Sequence[str], ending: str) -> bool:
+    return any(_ends(name, [ending]) for name in names)
+
+
+def _endings(layers: dict[str, tuple[int, int]]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in layers})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

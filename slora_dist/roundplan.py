@@ -1,0 +1,65 @@
+"""Who trains where in a round: a pure function of (seed, round), computed alike on every rank and never sent."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slora_dist.config import Config
+from slora_dist.data.permutation import permutation
+from slora_dist.errors import ConfigError
+from slora_dist.seeding import derive
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """The sampled clients in ascending order, and the rank that plays each."""
+
+    clients: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def played_by(self, rank: int) -> list[int]:
+        """Return the clients that ``rank`` plays, in order."""
+        return [client for client, player in zip(self.clients, self.ranks, strict=True) if player == rank]
+
+
+def workers(size: int) -> range:
+    """Return the ranks that play clients: all but rank 0, which in a world of one plays everybody."""
+    return range(1, size) if size > 1 else range(1)
+
+
+def home(client: int, size: int) -> int:
+    """Return the rank that answers for a client over a whole run: it opens the client's own file."""
+    return workers(size)[client % len(workers(size))]
+
+
+def plan_round(config: Config, number: int, size: int, examples: Sequence[int] | None) -> RoundPlan:
+    """Plan round ``number`` (from 1) for ``size`` ranks: K of N clients, uniform, without replacement.
+
+    With ``examples`` (documents of each client) the clients are spread so that the most loaded rank has little more than its share:
+    the largest first, each to the least loaded rank. Without (each client its own file) a client stays at its home.
+    """
+    order = permutation(config.clients.count, derive(config.run.seed, "sample", number))
+    clients = sorted(int(client) for client in order[: config.sampled])
+    if examples is None:
+        return RoundPlan(tuple(clients), tuple(home(client, size) for client in clients))
+    ranks = dict(zip(clients, workers(size), strict=False)) if len(clients) <= len(workers(size)) else _spread(clients, size, examples)
+    return RoundPlan(tuple(clients), tuple(ranks[client] for client in clients))
+
+
+def check_world(config: Config, size: int) -> None:
+    """Raise ``ConfigError`` when there are more worker ranks than clients in a round: some would never train."""
+    busy = config.clients.count if config.client_files else config.sampled
+    setting = "clients.count" if config.client_files else "clients.per_round"
+    if len(workers(size)) > busy:
+        raise ConfigError(
+            setting, f"{busy} clients cannot occupy {size - 1} worker ranks", f"1 to {busy + 1} ranks: a server and its workers"
+        )
+
+
+def _spread(clients: Sequence[int], size: int, examples: Sequence[int]) -> dict[int, int]:
+    load = dict.fromkeys(workers(size), 0)
+    ranks = {}
+    for client in sorted(clients, key=lambda client: (-examples[client], client)):
+        rank = min(load, key=lambda rank: (load[rank], rank))
+        ranks[client] = rank
+        load[rank] += examples[client]
+    return ranks

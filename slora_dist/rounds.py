@@ -1,0 +1,317 @@
+"""A federated run on one rank: phases, rounds, and the switch between phases. The only file that uses both transports and methods.
+
+Rank 0 is the server; the other ranks play clients; a world of one does both. Every rank runs these same lines, so that what a message
+means is known from where in the program it is sent.
+
+Legend: N coordinates, n a stretch of them, B bytes.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slora_dist import methods
+from slora_dist.aggregate import Mean, Server
+from slora_dist.agreement import gather_bytes, tell
+from slora_dist.client import Recipe, train
+from slora_dist.comm.metered import Metered
+from slora_dist.config import Config, LowrankPhase
+from slora_dist.data.federation import Federation
+from slora_dist.data.tokens import Encoded
+from slora_dist.errors import RunError
+from slora_dist.evaluate import Score, evaluate
+from slora_dist.export import Result
+from slora_dist.ledger import Direction, Label, totals
+from slora_dist.model import Classifier, head_parameters
+from slora_dist.roundplan import RoundPlan, home, plan_round
+from slora_dist.runfolder import Checkpoint, RunFolder
+from slora_dist.seeding import derive
+from slora_dist.support import Support
+from slora_dist.wire import HEADER_BYTES, Header, Wire
+
+
+@dataclass
+class Stage:
+    """One phase as a rank holds it: its coordinates and codec, the reference of the offsets, and on rank 0 the server's state."""
+
+    at: int
+    name: str
+    phase: methods.AnyPhase
+    first: int  # number of its first round in the run
+    coordinates: Support
+    wire: Wire
+    reference_N: Tensor
+    server: Server | None
+
+    def label(self, number: int, direction: Direction, by_kind: Mapping[str, int] | None = None) -> Label:
+        """Return the ledger's label of a message of this phase; by default it is an update."""
+        return Label(self.name, number, direction, dict(self.wire.by_kind() if by_kind is None else by_kind))
+
+
+@dataclass
+class Where:
+    """The place in the run, for error messages."""
+
+    phase: str = "start"
+    round: int = 0
+    operation: str = "start"
+
+    def __str__(self) -> str:
+        return f"phase {self.phase}, round {self.round}, {self.operation}"
+
+
+class Session:
+    """A run as one rank plays it. ``play`` yields the record of every round (the lines of ``metrics.jsonl``; on rank 0 with figures)."""
+
+    def __init__(
+        self, config: Config, comm: Metered, classifier: Classifier, federation: Federation, folder: RunFolder, device: torch.device
+    ) -> None:
+        self.config, self.comm, self.classifier, self.federation, self.folder = config, comm, classifier, federation, folder
+        self.is_root = comm.rank == 0
+        self.where = Where()
+        self.device = device
+        self.net = classifier.net.to(device)
+        self.pad = int(federation.tokenizer.pad_token_id or 0)
+        self.phases = config.method.resolved()
+        self.base_change: dict[str, Tensor] = {}
+        self.switch: dict[str, Any] | None = None
+        self.score: Score | None = None
+        self.test: Encoded | None = None
+        self._last: Stage | None = None
+
+    def play(self, resumed: Checkpoint | None, stop_after: int | None) -> Iterator[dict[str, Any]]:
+        """Play all rounds that are left after the checkpoint ``resumed`` (rank 0's), or up to round ``stop_after``."""
+        position = [resumed.values["phase"], resumed.values["round"]] if resumed else [0, 0]
+        at, done = tell(self.comm, position, Label("start", position[1] + 1, "control", {"position": 16}))
+        stage = self._restore(at, done, resumed) if done else self._open(0, None)
+        while True:
+            last = stage.first + stage.phase.rounds - 1
+            for number in range(done + 1, last + 1):
+                yield self._round(stage, number)
+                if stop_after is not None and stop_after <= number < self.rounds:
+                    return
+            done = last
+            if stage.at + 1 == len(self.phases):
+                break
+            stage = self._open(stage.at + 1, stage)
+        self._last = stage
+
+    def result(self) -> Result | None:
+        """Return rank 0's result, the network back at its base weights, or None when ``play`` stopped before the last round."""
+        if self._last is None:
+            return None
+        stage = self._last
+        assert stage.server
+        stage.coordinates.write(self.net, stage.reference_N)
+        offset_N = stage.server.offset_N
+        return Result(stage.phase, self.classifier, stage.coordinates, offset_N, bool(self.base_change), self.federation.tokenizer)
+
+    @property
+    def rounds(self) -> int:
+        """All rounds of the run."""
+        return sum(phase.rounds for phase in self.phases)
+
+    # ---- phases
+
+    def _stage(self, at: int) -> Stage:
+        """Enter phase ``at`` on a network that holds the base weights."""
+        phase, name = self.phases[at], methods.names(self.config.method)[at]
+        coordinates = methods.support(phase, self.classifier, self.config.method, self.config.run.seed)
+        methods.enter(phase, self.classifier, coordinates)
+        self.net.to(self.device)
+        wire = Wire(coordinates, self.config.comm.wire.values, self.config.comm.wire.indices)
+        first = 1 + sum(earlier.rounds for earlier in self.phases[:at])
+        self.where.phase = name
+        return Stage(at, name, phase, first, coordinates, wire, coordinates.reference(self.net), None)
+
+    def _open(self, at: int, previous: Stage | None) -> Stage:
+        """Begin phase ``at``: take over what ``previous`` learned, and put the base back to the weights that all ranks know."""
+        self.where.operation = "switch"
+        learned: dict[str, Tensor] = {}
+        if previous:
+            if previous.server:
+                learned = methods.learned(previous.phase, self.classifier, previous.coordinates, previous.server.offset_N)
+            previous.coordinates.write(self.net, previous.reference_N)
+        stage = self._stage(at)
+        self._compare_fingerprints(stage, stage.first)
+        if self.is_root:
+            start = methods.begin(stage.phase, self.classifier, stage.coordinates, learned, self.config.run.seed)
+            stage.server = Server(self.config.server, start.offset_N)
+        if previous and methods.keeps(stage.phase):
+            self._fold(previous, stage)
+        if previous and self.is_root:
+            before, after = self.score, self._evaluate(stage)
+            assert before
+            self.switch = _switch(before, after, start.kept_energy, start.kept_energy_total)
+        return stage
+
+    def _restore(self, at: int, number: int, resumed: Checkpoint | None) -> Stage:
+        """Enter phase ``at`` as it was after round ``number``."""
+        self.where.operation = "resume"
+        if any(methods.keeps(phase) for phase in self.phases[1 : at + 1]):
+            self._restore_base(number, at)
+        stage = self._stage(at)
+        self._compare_fingerprints(stage, number + 1)
+        if resumed:
+            stage.server = Server(self.config.server, resumed.tensors["offset"])
+            stage.server.restore(resumed.tensors)
+            self.switch, self.score = resumed.values["switch"], Score(**resumed.values["score"]) if resumed.values["score"] else None
+        return stage
+
+    def _fold(self, previous: Stage, stage: Stage) -> None:
+        """Let the frozen base of every rank take over what the factors leave out: the two vectors travel once to every client."""
+        label_before = Label(stage.name, stage.first, "down", previous.wire.by_kind())
+        before_N = self._send_down(previous.wire, previous.server, label_before, self._hosted())
+        after_N = self._send_down(stage.wire, stage.server, stage.label(stage.first, "down"), self._hosted())
+        before = methods.learned(previous.phase, self.classifier, previous.coordinates, before_N)
+        factors = methods.learned(stage.phase, self.classifier, stage.coordinates, after_N)
+        assert isinstance(stage.phase, LowrankPhase)
+        change = methods.base_change(stage.phase, before, factors, head_parameters(self.classifier))
+        methods.add_to_base(self.classifier, change)
+        if self.is_root:
+            self.base_change = {name: self.base_change.get(name, 0) + update for name, update in change.items()}
+            self.folder.save_base(self.base_change, stage.at)
+
+    def _restore_base(self, number: int, at: int) -> None:
+        """Bring every rank's base to where the folds before the checkpoint have brought it."""
+        shapes = {name: parameter.shape for name, parameter in self.net.named_parameters()}
+        if self.is_root:
+            self.base_change = self.folder.load_base(at)
+        flat = torch.cat([self.base_change.get(name, torch.zeros(shape)).reshape(-1) for name, shape in shapes.items()])
+        wire_B = flat.view(torch.uint8)
+        self.comm.broadcast(wire_B, Label(self.where.phase, number + 1, "control", {"base": wire_B.numel()}), clients=1)
+        pieces = torch.split(flat, [shape.numel() for shape in shapes.values()])
+        methods.add_to_base(self.classifier, {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)})
+
+    def _compare_fingerprints(self, stage: Stage, number: int) -> None:
+        """Make sure that all ranks mean the same coordinates and start from the same reference."""
+        mine = stage.coordinates.fingerprint(stage.reference_N)
+        for rank, theirs in gather_bytes(self.comm, mine, stage.label(number, "control", {"fingerprint": len(mine)})).items():
+            if theirs != mine:
+                raise RunError(f"rank {rank} has other weights or another mask in phase {stage.name}: same model and versions?")
+
+    # ---- rounds
+
+    def _round(self, stage: Stage, number: int) -> dict[str, Any]:
+        """Play one round: broadcast, local training, upload, server step, evaluation, checkpoint."""
+        began, self.where.round, self.comm.seconds = time.perf_counter(), number, 0.0
+        plan = plan_round(self.config, number, self.comm.size, self.federation.sizes)
+        mine = plan.played_by(self.comm.rank)
+        self.where.operation = "broadcast"
+        offset_N = self._send_down(stage.wire, stage.server, stage.label(number, "down"), len(mine))
+        self.where.operation = "train and gather"
+        seconds: dict[str, float] = {}
+        headers = self._collect(
+            stage, number, plan, self._messages(stage, number, mine, stage.reference_N + offset_N.to(self.device)), seconds
+        )
+        record: dict[str, Any] = {"round": number, "phase": stage.name}
+        if self.is_root:
+            record |= self._judge(stage, number, headers, seconds)
+        self.where.operation = "ledger"
+        lines = gather_bytes(self.comm, self.comm.ledger.take().encode(), stage.label(number, "control", {"ledger": 0}))
+        if self.is_root:
+            ledger = b"".join(lines.values()).decode()
+            record["seconds"] |= {"communicate": self.comm.seconds, "total": time.perf_counter() - began}
+            moved = totals(json.loads(line) for line in ledger.splitlines())
+            record["payload_bytes"] = {way: moved[way] for way in ("up", "down")}
+            self._save(stage, record, ledger)
+        return record
+
+    def _send_down(self, wire: Wire, server: Server | None, label: Label, clients: int) -> Tensor:
+        """Broadcast the server's offset; every rank, the server included, goes on with what the bytes say."""
+        wire_B = wire.encode(server.offset_N) if server else torch.empty(wire.nbytes, dtype=torch.uint8)
+        self.comm.broadcast(wire_B, label, clients)
+        return wire.decode(wire_B)
+
+    def _messages(self, stage: Stage, number: int, clients: list[int], start_N: Tensor) -> Iterator[Tensor]:
+        """Train one client after the other, and yield each one's header and update in one message."""
+        lr = stage.phase.lr * stage.phase.lr_decay ** (number - stage.first)
+        recipe = Recipe(self.config.clients, lr, self.config.model.precision == "bfloat16", self.pad)
+        for client in clients:
+            self.where.operation = f"training of client {client}"
+            seed = derive(self.config.run.seed, "client", number, client)
+            update = train(self.net, stage.coordinates, start_N, self.federation.client(client), recipe, seed)
+            header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, stage.wire.nbytes)
+            yield torch.cat([header.pack(), stage.wire.encode(update.delta_N.cpu())])
+
+    def _collect(self, stage: Stage, number: int, plan: RoundPlan, messages: Iterator[Tensor], seconds: dict[str, float]) -> list[Header]:
+        """Gather the updates; rank 0 adds each stretch as it arrives, in client order, and moves the global state by their mean."""
+        headers: list[Header] = []
+        mean = Mean(stage.coordinates.numel)
+        weight, spent = 1.0, 0.0
+        nbytes = HEADER_BYTES + stage.wire.nbytes
+        for message, offset, chunk_b in self.comm.gather(messages, plan.ranks, stage.label(number, "up"), nbytes, header=True):
+            began = time.perf_counter()
+            if offset == 0:
+                expected = Header(plan.clients[message], stage.at, number, 1, 0.0, 0.0, stage.wire.nbytes)
+                headers.append(Header.unpack(chunk_b[:HEADER_BYTES], expected))
+                chunk_b, offset = chunk_b[HEADER_BYTES:], HEADER_BYTES
+                weight = float(headers[-1].num_examples) if self.config.server.weighting == "examples" else 1.0
+                mean.count(weight)
+            mean.add(*stage.wire.decode_chunk(offset - HEADER_BYTES, chunk_b), weight)
+            spent += time.perf_counter() - began
+        if stage.server:
+            began = time.perf_counter()
+            stage.server.step(mean.result())
+            seconds["aggregate"] = spent + time.perf_counter() - began
+        return headers
+
+    def _judge(self, stage: Stage, number: int, headers: list[Header], seconds: dict[str, float]) -> dict[str, Any]:
+        """Evaluate when it is due, and return the figures of the round."""
+        every, last = self.config.server.eval_every, stage.first + stage.phase.rounds - 1
+        began = time.perf_counter()
+        score = self._evaluate(stage) if number == last or (every and number % every == 0) else None
+        self.score = score or self.score
+        examples = sum(header.num_examples for header in headers)
+        seconds |= {
+            "train": sum(header.seconds for header in headers),
+            "slowest_client": max(header.seconds for header in headers),
+            "evaluate": time.perf_counter() - began,
+        }
+        return {
+            "train_loss": sum(header.loss * header.num_examples for header in headers) / examples,
+            "accuracy": score.accuracy if score else None,
+            "loss": score.loss if score else None,
+            "clients": [header.client for header in headers],
+            "num_examples": examples,
+            "seconds": seconds,
+        }
+
+    def _evaluate(self, stage: Stage) -> Score:
+        """Score the global model on the held-out documents, which only rank 0 reads."""
+        assert stage.server
+        self.where.operation = "evaluate"
+        if self.test is None:
+            self.test = self.federation.test()
+        stage.coordinates.write(self.net, stage.reference_N + stage.server.offset_N.to(self.device))
+        return evaluate(self.net, self.test, self.pad)
+
+    def _save(self, stage: Stage, record: dict[str, Any], ledger: str) -> None:
+        """Note the round, then make it the last good state."""
+        assert stage.server
+        self.where.operation = "checkpoint"
+        self.folder.append("ledger.jsonl", ledger)
+        self.folder.append("metrics.jsonl", json.dumps(record) + "\n")
+        score = {"accuracy": self.score.accuracy, "loss": self.score.loss} if self.score else None
+        values = {"round": record["round"], "phase": stage.at, "switch": self.switch, "score": score}
+        self.folder.save(Checkpoint(stage.server.state(), values))
+
+    def _hosted(self) -> int:
+        """How many of all clients this rank answers for, where a message goes to all of them and not to a round's sample."""
+        return sum(home(client, self.comm.size) == self.comm.rank for client in range(self.config.clients.count))
+
+
+def _switch(before: Score, after: Score, kept_energy: dict[str, float], total: float | None) -> dict[str, Any]:
+    return {
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "loss_before": before.loss,
+        "loss_after": after.loss,
+        "kept_energy": kept_energy,
+        "kept_energy_total": total,
+    }

@@ -1,0 +1,153 @@
+"""The files of a run: settings, metrics, ledger, summary, checkpoints. Rank 0 alone writes them; ``--resume`` and ``export`` read them.
+
+A checkpoint is a folder of its own, complete before the pointer ``latest`` names it; both renames are atomic, so a stop at any moment
+leaves the last good state.
+"""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slora_dist.config import Config
+from slora_dist.errors import ConfigError
+from slora_dist.settings import validate
+
+LIBRARIES = ("slora_dist", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after a round: tensors, and plain values (``round``, ``phase``, ``switch``)."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.adapter = self.path / "adapter"
+
+    def create(self, config: Config, world: Mapping[str, Any]) -> None:
+        """Make the folder with its ``config.json``. Raises ``ConfigError`` when a run is there already, or it cannot be written."""
+        if (self.path / "config.json").exists():
+            raise ConfigError("--out", f"{self.path} holds a run already", f"a new folder, or `slora-dist train --resume {self.path}`")
+        versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write(
+                "config.json", {"settings": config.model_dump(), "versions": versions, "world": dict(world), "seed": config.run.seed}
+            )
+        except OSError as error:
+            raise ConfigError("--out", f"{self.path} cannot be written ({error.strerror})", "a folder that you may write to") from None
+
+    def config(self) -> Config:
+        """Read the settings back. Raises ``ConfigError`` when this is no run folder."""
+        return validate(self._read("config.json")["settings"])
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, then point ``latest`` to it, then delete the one before."""
+        base = self.path / "checkpoint"
+        name = f"round-{checkpoint.values['round']:05d}"
+        draft = base / f".{name}.part"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        save_file({key: tensor.contiguous().cpu() for key, tensor in checkpoint.tensors.items()}, draft / "state.safetensors")
+        (draft / "state.json").write_text(json.dumps(checkpoint.values, indent=1), encoding="utf-8")
+        for file in draft.iterdir():
+            _sync(file)
+        shutil.rmtree(base / name, ignore_errors=True)
+        draft.rename(base / name)
+        _replace(base / "latest", name)
+        for old in base.glob("round-*"):
+            if old.name != name:
+                shutil.rmtree(old)
+
+    def latest(self) -> Checkpoint | None:
+        """Return the last complete checkpoint, or None when no round was finished. Raises ``ConfigError`` when it cannot be read."""
+        base = self.path / "checkpoint"
+        if not (base / "latest").exists():
+            return None
+        folder = base / (base / "latest").read_text(encoding="utf-8").strip()
+        try:
+            return Checkpoint(load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ConfigError("--resume", f"{folder} cannot be read ({error})", "a run with a complete checkpoint") from None
+
+    def save_base(self, change: Mapping[str, Tensor], phase: int) -> None:
+        """Write what the frozen base has taken over up to the start of phase number ``phase``."""
+        path = self._base(phase)
+        path.parent.mkdir(exist_ok=True)
+        draft = path.with_suffix(".part")
+        save_file({name: tensor.contiguous().cpu() for name, tensor in change.items()}, draft)
+        draft.replace(path)
+
+    def load_base(self, phase: int) -> dict[str, Tensor]:
+        """Read what ``save_base`` wrote."""
+        change: dict[str, Tensor] = load_file(self._base(phase))
+        return change
+
+    def _base(self, phase: int) -> Path:
+        return self.path / "checkpoint" / f"base-{phase}.safetensors"
+
+    def append(self, name: str, text: str) -> None:
+        """Add lines to ``metrics.jsonl`` or ``ledger.jsonl``."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Return the lines of a JSONL file; an unfinished last line is left out."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+    def rewind(self, rounds: int) -> None:
+        """Drop what was noted after round ``rounds``: those rounds will be played again."""
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            kept = [line for line in self.lines(name) if line["round"] <= rounds]
+            if (self.path / name).exists():
+                _replace(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``."""
+        self._write("summary.json", summary)
+
+    def summary(self) -> dict[str, Any]:
+        """Read ``summary.json``. Raises ``ConfigError`` when the run is not finished."""
+        return self._read("summary.json")
+
+    def _write(self, name: str, tree: Mapping[str, Any]) -> None:
+        _replace(self.path / name, json.dumps(tree, indent=1) + "\n")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            tree = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(self.path / name), f"cannot be read ({error.__class__.__name__})", "the folder of a run") from None
+        assert isinstance(tree, dict)
+        return tree
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.part")
+    draft.write_text(text, encoding="utf-8")
+    _sync(draft)
+    draft.replace(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,117 @@
+"""From a YAML file and dotted overrides to a ``Config``, and from the definitions to their documentation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from slora_dist.config import Config, Phase, Section, SparsePhase, explain
+from slora_dist.errors import ConfigError
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file at ``path``, lay ``section.key=value`` overrides over it, and validate. Raises ``ConfigError``."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"cannot be read ({error.__class__.__name__})", "a readable YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), f"is not YAML: {' '.join(str(error).split())}", "a YAML file of settings") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(str(path), "holds no settings", f"a mapping with {', '.join(Config.model_fields)}")
+    for override in overrides:
+        _lay_over(tree, override)
+    return validate(tree)
+
+
+def validate(tree: dict[str, Any]) -> Config:
+    """Validate a tree of plain values, as it is read from YAML or from a run's ``config.json``. Raises ``ConfigError``."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise explain(error, Config) from None
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    name, sign, text = override.partition("=")
+    if not sign or not name:
+        raise ConfigError(override, "is no override", "section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(name, f"{text!r} is not a YAML value", "a number, a word, a list in [], a mapping in {}") from None
+    *parents, last = name.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) and part.isdigit() and int(part) < len(node) else _child(node, part, name)
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(name, "leads into a plain value", "a dotted name of a setting")
+
+
+def _child(node: Any, part: str, name: str) -> Any:
+    if not isinstance(node, dict):
+        raise ConfigError(name, "leads into a plain value", "a dotted name of a setting")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def document() -> str:
+    """Return the Markdown reference of all settings, made from their definitions."""
+    lines = [
+        "# Settings",
+        "",
+        "Made from the definitions in `slora_dist/config.py`; a test keeps it true.",
+        "Every setting can be given in YAML or as `section.key=value` on the command line.",
+        "",
+    ]
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        lines += [f"## {name}", "", (field.annotation.__doc__ or "").strip(), "", "| setting | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{dotted}` | {default} | {text} |" for dotted, default, text in _rows(field.annotation, f"{name}.")] + [""]
+    return "\n".join(lines)
+
+
+def _rows(section: type[Section], prefix: str) -> list[tuple[str, str, str]]:
+    rows = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        shared = issubclass(section, Phase) and name in Phase.model_fields
+        if isinstance(inner, type) and issubclass(inner, Section):
+            rows += _rows(inner, f"{prefix}{name}.")
+        elif name != "kind" and not (shared and section is not SparsePhase):
+            dotted = f"method.<kind>.{name}" if shared else f"{prefix}{name}"
+            rows.append((dotted, "needed" if field.is_required() else f"`{_plain(field.default)}`", field.description or ""))
+    return rows
+
+
+def _plain(value: Any) -> str:
+    return "empty" if value is None else str(value)
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """Return ``config`` with ``section.key=value`` overrides laid over it. Raises ``ConfigError``."""
+    tree = config.model_dump()
+    for text in overrides:
+        _lay_over(tree, text)
+    return validate(tree)
+
+
+def require_equal(config: Config, other: Config) -> None:
+    """Raise ``ConfigError`` naming the first setting in which ``other`` differs from the ``config`` of a run that is resumed."""
+    for name, value in _leaves(config.model_dump(), ""):
+        given = dict(_leaves(other.model_dump(), "")).get(name)
+        if given != value:
+            raise ConfigError(name, f"{given!r}, but the run that is resumed has {value!r}", "the settings of the run, or none")
+
+
+def _leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:
+    if not isinstance(tree, dict) or not tree:
+        return [(prefix, tree)]
+    return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)]

@@ -1,0 +1,91 @@
+"""What a person sees: progress on a terminal (nothing on a pipe), and tables at the end."""
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from slora_dist.runfolder import RunFolder
+
+
+class Progress:
+    """A line that follows the rounds: phase, loss, accuracy, bytes so far, time left."""
+
+    def __init__(self, rounds: int, done: int) -> None:
+        console = Console()
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")]
+        self._bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True)
+        self._task = self._bar.add_task("start", total=rounds, completed=done, figures="")
+        self._accuracy, self._bytes = "", 0
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def advance(self, record: dict[str, Any]) -> None:
+        """Show the figures of a finished round."""
+        self._bytes += sum(record["payload_bytes"].values())
+        if record["accuracy"] is not None:
+            self._accuracy = f"accuracy {record['accuracy']:.1%}  "
+        figures = f"loss {record['train_loss']:.3f}  {self._accuracy}{size(self._bytes)}"
+        self._bar.update(self._task, advance=1, description=record["phase"], figures=figures)
+
+
+def size(nbytes: float) -> str:
+    """Return a number of bytes for reading: ``12.3 MB`` (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def finished(folder: RunFolder, summary: dict[str, Any]) -> None:
+    """Print the result of a run and where its files are."""
+    table = Table(title=f"{summary['rounds']} rounds on {summary['world_size']} rank(s)", title_justify="left")
+    for column in ("", "up", "down", "of full fine-tuning"):
+        table.add_column(column, justify="left" if not column else "right")
+    payload, full = summary["payload_bytes"], summary["full_finetuning_payload_bytes"]
+    total = sum(full.values())
+    for name, sums in [*payload["by_phase"].items(), ("all phases", payload), ("full fine-tuning", full)]:
+        table.add_row(name, size(sums["up"]), size(sums["down"]), f"{(sums['up'] + sums['down']) / total:.2%}")
+    console = Console()
+    console.print(table)
+    console.print(f"test accuracy  {summary['accuracy']:.2%}", highlight=False)
+    if summary["switch"]:
+        switch = summary["switch"]
+        text = f"at the switch  {switch['accuracy_before']:.2%} before, {switch['accuracy_after']:.2%} after"
+        kept = switch["kept_energy_total"]
+        console.print(text + (f"; the factors keep {kept:.1%} of the update's energy" if kept is not None else ""), highlight=False)
+    print(f"adapter  {folder.adapter}")
+    print(f"report   {folder.path / 'summary.json'}")
+
+
+def stopped(folder: RunFolder) -> None:
+    """Say how to go on with a run that was asked to leave early."""
+    print(f"stopped after a checkpoint; go on with: slora-dist train --resume {folder.path}")
+
+
+def plan(plan: dict[str, Any]) -> None:
+    """Print a plan as tables."""
+    clients = plan["clients"]
+    table = Table(title=f"{plan['rounds']} rounds, {clients['per_round']} of {clients['count']} clients each", title_justify="left")
+    for column in ("phase", "rounds", "trainable", "density", "a client's message", "all up", "all down"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase in plan["phases"]:
+        counts = (f"{phase['trainable']:,}", f"{phase['density']:.2%}", size(phase["message_bytes"]["up"]))
+        sums = (size(phase["payload_bytes"][way]) for way in ("up", "down"))
+        table.add_row(phase["phase"], str(phase["rounds"]), *counts, *sums)
+    payload, full = plan["payload_bytes"], plan["full_finetuning_payload_bytes"]
+    table.add_row("all", str(plan["rounds"]), "", "", "", size(payload["up"]), size(payload["down"]))
+    table.add_row("full fine-tuning", str(plan["rounds"]), f"{plan['parameters']:,}", "100.00%", "", size(full["up"]), size(full["down"]))
+    console = Console()
+    console.print(table)
+    for rate, minutes in plan["minutes"].items():
+        print(f"at {rate} Mbit/s  {minutes:.1f} min on a client's link (full fine-tuning {plan['full_finetuning_minutes'][rate]:.1f} min)")

@@ -1,0 +1,126 @@
+"""A method's choice of coordinates: which scalars of a model move, seen as one flat vector.
+
+Optimiser, codec, collective, aggregator, ledger and checkpoint know only such vectors; this file alone knows where each number lives.
+
+Legend: N coordinates, O/I out/in features. A *value* is the weight itself; an *offset* is its difference from the reference that every
+rank knows without a message (the pretrained weight; zero for a LoRA factor). Offsets are what travels, what the server holds, and what a
+sparse phase hands over: the accumulated update.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from slora_dist.masks import random_mask
+
+Kind = Literal["value", "factor_a", "factor_b", "head"]
+KINDS: tuple[Kind, ...] = ("value", "factor_a", "factor_b", "head")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The trainable entries of one parameter: all of them, or the ``count`` that a mask drawn from ``mask_seed`` keeps."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    count: int
+    mask_seed: int | None = None
+
+    @staticmethod
+    def whole(name: str, shape: Sequence[int], kind: Kind) -> "Slot":
+        """Return the slot of an entire parameter."""
+        return Slot(name, tuple(shape), kind, prod(shape))
+
+    @cached_property
+    def index(self) -> Tensor | None:
+        """Flat positions of the kept entries, ascending; None when all are kept."""
+        return None if self.mask_seed is None else random_mask(prod(self.shape), self.count, self.mask_seed)
+
+    def take(self, dense: Tensor) -> Tensor:
+        """Return the kept entries of ``dense`` (the parameter, or its gradient) as a flat vector."""
+        flat = dense.detach().reshape(-1)
+        return flat if self.index is None else flat.index_select(0, self.index.to(flat.device))
+
+    def put(self, dense: Tensor, entries: Tensor) -> None:
+        """Write ``entries`` over the kept entries of ``dense``; every other entry keeps its bits."""
+        if self.index is None:
+            dense.copy_(entries.view(self.shape))
+        else:
+            dense.view(-1).index_copy_(0, self.index.to(dense.device), entries.to(dense.dtype))
+
+    def spread(self, entries: Tensor) -> Tensor:
+        """Return a tensor of the parameter's shape with ``entries`` at the kept entries and zero elsewhere."""
+        dense = torch.zeros(self.shape, dtype=entries.dtype, device=entries.device)
+        self.put(dense, entries)
+        return dense
+
+
+class Support:
+    """The coordinates of one phase: slots one after the other, ordered by kind so that each kind is one stretch of the vector."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = tuple(sorted((slot for slot in slots if slot.count), key=lambda slot: KINDS.index(slot.kind)))
+        self.numel = sum(slot.count for slot in self.slots)
+
+    def spans(self) -> Iterator[tuple[Slot, slice]]:
+        """Yield each slot with its stretch of the vector."""
+        start = 0
+        for slot in self.slots:
+            yield slot, slice(start, start + slot.count)
+            start += slot.count
+
+    def counts(self) -> dict[Kind, int]:
+        """Return the number of coordinates of each kind that there is, in vector order."""
+        counts: dict[Kind, int] = {}
+        for slot in self.slots:
+            counts[slot.kind] = counts.get(slot.kind, 0) + slot.count
+        return counts
+
+    def read(self, model: nn.Module) -> Tensor:
+        """Return the model's values at the coordinates, float32 of length N."""
+        return torch.cat([slot.take(model.get_parameter(slot.name)).float() for slot in self.slots])
+
+    def read_grad(self, model: nn.Module, grad_N: Tensor) -> None:
+        """Move the model's gradients at the coordinates into ``grad_N`` and clear them in the model."""
+        for slot, span in self.spans():
+            parameter = model.get_parameter(slot.name)
+            if parameter.grad is None:  # a layer that this batch did not reach
+                grad_N[span] = 0
+            else:
+                grad_N[span] = slot.take(parameter.grad)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def write(self, model: nn.Module, values_N: Tensor) -> None:
+        """Write the values into the model; no other weight moves by one bit."""
+        for slot, span in self.spans():
+            slot.put(model.get_parameter(slot.name), values_N[span])
+
+    def densify(self, offset_N: Tensor) -> dict[str, Tensor]:
+        """Return the offset of each parameter in its own shape, zero where nothing is trained."""
+        return {slot.name: slot.spread(offset_N[span]) for slot, span in self.spans()}
+
+    def reference(self, model: nn.Module) -> Tensor:
+        """Return what every rank knows without a message: the model's values, with zero for LoRA factors (length N)."""
+        reference_N = self.read(model)
+        for slot, span in self.spans():
+            if slot.kind in ("factor_a", "factor_b"):
+                reference_N[span] = 0
+        return reference_N
+
+    def fingerprint(self, reference_N: Tensor) -> bytes:
+        """Return 32 bytes that are equal on two ranks if names, shapes, masks and reference are."""
+        digest = hashlib.sha256()
+        for slot in self.slots:
+            digest.update(repr((slot.name, slot.shape, slot.kind, slot.count)).encode())
+            if slot.index is not None:
+                digest.update(slot.index.numpy().tobytes())
+        digest.update(reference_N.cpu().numpy().tobytes())
+        return digest.digest()

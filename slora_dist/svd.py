@@ -1,0 +1,70 @@
+"""The switch of SLoRA: the best rank-r factors of an accumulated update.
+
+Legend: O/I out/in features, R rank. ``delta_OI`` is factored as B A with B_OR and A_RI, and peft adds ``scale * B A`` to the weight.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import scipy.sparse
+import torch
+from scipy.sparse.linalg import svds
+from torch import Tensor
+
+# ARPACK beats the full SVD on both speed and memory when the rank is a small share of the matrix; above it the full one is as fast.
+_FULL_ABOVE = 1 / 5
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two LoRA factors of one matrix; ``energy`` is its ||dW||^2, ``kept_energy`` the share in the r largest singular values."""
+
+    b_OR: Tensor
+    a_RI: Tensor
+    kept_energy: float
+    energy: float
+
+
+def factor(delta_OI: Tensor, rank: int, scale: float = 1.0, split: Literal["us", "sqrt"] = "us") -> Factors:
+    """Return the truncated SVD of ``delta_OI`` as LoRA factors, so that ``scale * B A`` is its best approximation of ``rank``.
+
+    ``split`` puts the singular values into B (``us``, the paper: B = U S, A = V^T) or their roots into both (``sqrt``); B is divided by
+    ``scale`` = alpha / r. The signs are fixed, so the same matrix gives the same bits. Raises ValueError when the rank exceeds the
+    matrix or an entry is not finite. A matrix of zeros gives B = 0 and orthonormal rows in A, from which LoRA can train.
+    """
+    if not 1 <= rank <= min(delta_OI.shape):
+        raise ValueError(f"rank {rank} of a {delta_OI.shape[0]} x {delta_OI.shape[1]} matrix")
+    if not bool(delta_OI.isfinite().all()):
+        raise ValueError("the update has entries that are not finite")
+    u_OR, s_R, vt_RI = _fix_signs(*_truncated(delta_OI.detach().double().cpu().numpy(), rank))
+    left_R, right_R = (s_R, np.ones_like(s_R)) if split == "us" else (np.sqrt(s_R), np.sqrt(s_R))
+    if not s_R.any():
+        right_R = np.ones_like(s_R)
+    energy = float(delta_OI.double().square().sum())
+    return Factors(
+        b_OR=torch.from_numpy(u_OR * left_R / scale).float(),
+        a_RI=torch.from_numpy(right_R[:, None] * vt_RI).float(),
+        kept_energy=float((s_R**2).sum() / energy) if energy else 1.0,
+        energy=energy,
+    )
+
+
+def _truncated(delta_OI: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return U_OR, S_R (descending) and Vt_RI of the ``rank`` largest singular values, exact to rounding."""
+    if rank > _FULL_ABOVE * min(delta_OI.shape) or not delta_OI.any():
+        u, s, vt = np.linalg.svd(delta_OI, full_matrices=False)
+        return u[:, :rank], s[:rank], vt[:rank]
+    density = np.count_nonzero(delta_OI) / delta_OI.size
+    matrix = scipy.sparse.csr_array(delta_OI) if density < 0.05 else delta_OI  # products with a sparse matrix win below about 5 %
+    start = np.random.Generator(np.random.Philox(0)).standard_normal(min(delta_OI.shape))  # a fixed start makes it repeatable
+    u, s, vt = svds(matrix, k=rank, v0=start, tol=0)
+    order = np.argsort(-s, kind="stable")
+    return u[:, order], s[order], vt[order]
+
+
+def _fix_signs(u_OR: np.ndarray, s_R: np.ndarray, vt_RI: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make the largest entry of each right vector positive: the SVD leaves the sign of each pair open."""
+    signs_R = np.sign(vt_RI[np.arange(len(s_R)), np.abs(vt_RI).argmax(axis=1)])
+    signs_R[signs_R == 0] = 1
+    return u_OR * signs_R, s_R, vt_RI * signs_R[:, None]

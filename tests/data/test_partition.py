@@ -1,0 +1,93 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slora_dist.config import DataConfig
+from slora_dist.data.partition import split
+from slora_dist.data.source import Documents
+from slora_dist.errors import ConfigError
+
+CLASSES = 5
+
+
+def documents(total: int = 300, clients: list[str] | None = None) -> Documents:
+    return Documents([f"text {at}" for at in range(total)], [at % CLASSES for at in range(total)], clients)
+
+
+def config(partition: str, **settings: Any) -> DataConfig:
+    return DataConfig(path="toy", partition=partition, client_column="client", **settings)  # type: ignore[arg-type]
+
+
+def natural() -> Documents:
+    sizes = {"ann": 40, "bob": 80, "cid": 40, "dan": 10, "eve": 130}
+    return documents(300, [name for name, size in sizes.items() for _ in range(size)])
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological", "natural"])
+def test_parts_are_disjoint_ascending_and_repeatable(partition: str) -> None:
+    parts = split(natural(), config(partition), 4, seed=3)
+    joined = np.concatenate(parts)
+    assert len(parts) == 4 and len(set(joined.tolist())) == len(joined)
+    assert all(len(part) and part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
+    again = split(natural(), config(partition), 4, seed=3)
+    assert [part.tolist() for part in parts] == [part.tolist() for part in again]
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological"])
+def test_the_seed_matters(partition: str) -> None:
+    one, two = (split(documents(), config(partition), 4, seed) for seed in (0, 1))
+    assert [part.tolist() for part in one] != [part.tolist() for part in two]
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
+def test_all_documents_are_given_out(partition: str) -> None:
+    assert sum(map(len, split(documents(), config(partition), 7, seed=0))) == 300
+
+
+def test_iid_is_even_and_mixed() -> None:
+    parts = split(documents(), config("iid"), 7, seed=0)
+    assert {len(part) for part in parts} <= {42, 43}
+    assert all({at % CLASSES for at in part.tolist()} == set(range(CLASSES)) for part in parts)
+
+
+def test_small_alpha_is_more_heterogeneous() -> None:
+    def spread(alpha: float) -> float:
+        return float(np.std([len(part) for part in split(documents(), config("dirichlet", alpha=alpha), 4, seed=1)]))
+
+    assert spread(0.1) > 3 * spread(1000.0)
+
+
+def test_pathological_clients_hold_exactly_their_number_of_classes() -> None:
+    for part in split(documents(), config("pathological", classes_per_client=3), 6, seed=0):
+        assert len({at % CLASSES for at in part.tolist()}) == 3
+
+
+def test_natural_takes_the_largest_and_breaks_ties_by_name() -> None:
+    source = natural()
+    assert source.clients is not None
+    parts = split(source, config("natural"), 3, seed=0)
+    owners = [{source.clients[at] for at in part.tolist()} for part in parts]
+    assert owners == [{"eve"}, {"bob"}, {"ann"}]
+    assert [len(part) for part in parts] == [130, 80, 40]
+
+
+@pytest.mark.parametrize(
+    ("partition", "settings", "source", "count", "message"),
+    [
+        ("iid", {}, documents(3), 4, "clients.count: 4 clients for 3 documents"),
+        ("natural", {}, natural(), 6, "clients.count: 6 clients, but the documents name 5"),
+        ("pathological", {"classes_per_client": 6}, documents(), 4, "data.classes_per_client: 6 of 5 classes"),
+        ("pathological", {"classes_per_client": 5}, documents(20), 10, "data.partition: the documents do not suffice"),
+        ("dirichlet", {"alpha": 1e-3}, documents(30), 30, "data.partition: the documents do not suffice"),
+    ],
+)
+def test_errors_name_the_setting(partition: str, settings: dict[str, Any], source: Documents, count: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split(source, config(partition, **settings), count, seed=0)
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
+    split(natural(), config("natural"), 3, seed=0)
+    split(documents(40), config("dirichlet", alpha=0.1), 6, seed=0)  # needs a second attempt, of which flwr warns
+    assert capfd.readouterr() == ("", "") and not recwarn.list
