@@ -37,6 +37,12 @@ class Progress:
         self._bar.update(self._task, advance=1, description=record["phase"], figures=figures)
 
 
+def _console() -> Console:
+    """Return a console of the terminal's width; a pipe has none, so it gets one that fits the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
+
+
 def size(nbytes: float) -> str:
     """Return a number of bytes for reading: ``12.3 MB`` (decimal units)."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -55,7 +61,7 @@ def finished(folder: RunFolder, summary: dict[str, Any]) -> None:
     total = sum(full.values())
     for name, sums in [*payload["by_phase"].items(), ("all phases", payload), ("full fine-tuning", full)]:
         table.add_row(name, size(sums["up"]), size(sums["down"]), f"{(sums['up'] + sums['down']) / total:.2%}")
-    console = Console()
+    console = _console()
     console.print(table)
     console.print(f"test accuracy  {summary['accuracy']:.2%}", highlight=False)
     if summary["switch"]:
@@ -85,7 +91,7 @@ def plan(plan: dict[str, Any]) -> None:
     payload, full = plan["payload_bytes"], plan["full_finetuning_payload_bytes"]
     table.add_row("all", str(plan["rounds"]), "", "", "", size(payload["up"]), size(payload["down"]))
     table.add_row("full fine-tuning", str(plan["rounds"]), f"{plan['parameters']:,}", "100.00%", "", size(full["up"]), size(full["down"]))
-    console = Console()
+    console = _console()
     console.print(table)
     for rate, minutes in plan["minutes"].items():
         print(f"at {rate} Mbit/s  {minutes:.1f} min on a client's link (full fine-tuning {plan['full_finetuning_minutes'][rate]:.1f} min)")
