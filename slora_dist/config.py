@@ -268,6 +268,10 @@ class CommConfig(Section):
         "auto", description="`auto`: MPI under an MPI launcher, else nccl with CUDA, else gloo; a world of one needs none."
     )
     wire: WireConfig = Field(WireConfig(), description="Number formats on the wire.")
+    collective: Literal["gather", "reduce", "auto"] = Field(
+        "gather",
+        description="Upload: every update to rank 0, added in client order; or summed on the way, in the transport's order (other last bits); `auto` measures both.",
+    )
     timeout: Positive = Field(
         1800.0, description="Seconds that a rank waits for another inside one operation; must cover a client's training."
     )
@@ -312,6 +316,10 @@ class Config(Section):
             raise ConfigError("model.name", "no model", "a folder or name, or `model.config` with a `model_type`")
         if self.data.partition == "natural" and not self.data.client_column and not self.client_files:
             raise ConfigError("data.client_column", "missing", "the column that names the client, with `data.partition: natural`")
+        if self.comm.collective != "gather" and self.comm.wire != WireConfig():
+            raise ConfigError(
+                "comm.collective", f"{self.comm.collective} with another wire", "gather, or float32 values with implicit indices"
+            )
         if self.client_files and self.data.labels is None:
             raise ConfigError("data.labels", "missing", "the number of classes or their names, when each client has its own file")
         if self.client_files and self.data.test_path is None:

@@ -91,7 +91,7 @@ def _write_lora(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str,
         **methods.lora_settings(phase, by_layer),
     )
     head = {name: classifier.net.get_parameter(name).detach().cpu() + delta[name] for name in head_parameters(classifier)}
-    classifier.net.name_or_path = source  # peft notes it as the adapter's base
+    classifier.net.name_or_path = source  # type: ignore[assignment]  # peft notes it as the adapter's base
     wrapped = get_peft_model(classifier.net, config)
     for name, tensor in {**delta, **head}.items():
         _assign(wrapped.base_model.model, name, tensor)

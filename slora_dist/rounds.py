@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slora_dist import methods
-from slora_dist.aggregate import Mean, Server
+from slora_dist import methods, upload
+from slora_dist.aggregate import Server
 from slora_dist.agreement import gather_bytes, tell
 from slora_dist.client import Recipe, train
 from slora_dist.comm.metered import Metered
@@ -32,7 +32,8 @@ from slora_dist.roundplan import RoundPlan, home, plan_round
 from slora_dist.runfolder import Checkpoint, RunFolder
 from slora_dist.seeding import derive
 from slora_dist.support import Support
-from slora_dist.wire import HEADER_BYTES, Header, Wire
+from slora_dist.upload import Received, Upload
+from slora_dist.wire import Header, Wire
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Stage:
     wire: Wire
     reference_N: Tensor
     server: Server | None
+    collective: str
 
     def label(self, number: int, direction: Direction, by_kind: Mapping[str, int] | None = None) -> Label:
         """Return the ledger's label of a message of this phase; by default it is an update."""
@@ -127,7 +129,12 @@ class Session:
         wire = Wire(coordinates, self.config.comm.wire.values, self.config.comm.wire.indices)
         first = 1 + sum(earlier.rounds for earlier in self.phases[:at])
         self.where.phase = name
-        return Stage(at, name, phase, first, coordinates, wire, coordinates.reference(self.net), None)
+        return Stage(at, name, phase, first, coordinates, wire, coordinates.reference(self.net), None, self._collective(wire, name, first))
+
+    def _collective(self, wire: Wire, name: str, number: int) -> str:
+        self.where.operation = "probe"
+        chosen = self.config.comm.collective
+        return upload.choose(self.comm, wire, name, number) if chosen == "auto" else chosen
 
     def _open(self, at: int, previous: Stage | None) -> Stage:
         """Begin phase ``at``: take over what ``previous`` learned, and put the base back to the weights that all ranks know."""
@@ -201,17 +208,14 @@ class Session:
         """Play one round: broadcast, local training, upload, server step, evaluation, checkpoint."""
         began, self.where.round, self.comm.seconds = time.perf_counter(), number, 0.0
         plan = plan_round(self.config, number, self.comm.size, self.federation.sizes)
-        mine = plan.played_by(self.comm.rank)
         self.where.operation = "broadcast"
-        offset_N = self._send_down(stage.wire, stage.server, stage.label(number, "down"), len(mine))
-        self.where.operation = "train and gather"
-        seconds: dict[str, float] = {}
-        headers = self._collect(
-            stage, number, plan, self._messages(stage, number, mine, stage.reference_N + offset_N.to(self.device)), seconds
-        )
+        clients = len(plan.played_by(self.comm.rank))
+        offset_N = self._send_down(stage.wire, stage.server, stage.label(number, "down"), clients)
+        self.where.operation = "upload"
+        received = self._upload(stage, number, plan, stage.reference_N + offset_N.to(self.device))
         record: dict[str, Any] = {"round": number, "phase": stage.name}
-        if self.is_root:
-            record |= self._judge(stage, number, headers, seconds)
+        if received:
+            record |= self._judge(stage, number, received)
         self.where.operation = "ledger"
         lines = gather_bytes(self.comm, self.comm.ledger.take().encode(), stage.label(number, "control", {"ledger": 0}))
         if self.is_root:
@@ -228,47 +232,39 @@ class Session:
         self.comm.broadcast(wire_B, label, clients)
         return wire.decode(wire_B)
 
-    def _messages(self, stage: Stage, number: int, clients: list[int], start_N: Tensor) -> Iterator[Tensor]:
-        """Train one client after the other, and yield each one's header and update in one message."""
+    def _upload(self, stage: Stage, number: int, plan: RoundPlan, start_N: Tensor) -> Received | None:
+        """Train this rank's clients and bring all updates to rank 0, which moves the global state by their mean."""
+        expected = [Header(client, stage.at, number, 1, 0.0, 0.0, stage.wire.nbytes) for client in plan.clients]
+        by_examples = self.config.server.weighting == "examples"
+        job = Upload(stage.wire, stage.label(number, "up"), expected, plan.ranks, by_examples)
+        updates = self._updates(stage, number, plan.played_by(self.comm.rank), start_N)
+        received = (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
+        if received and stage.server:
+            stage.server.step(received.mean_N)
+        return received
+
+    def _updates(self, stage: Stage, number: int, clients: list[int], start_N: Tensor) -> Iterator[tuple[Header, Tensor]]:
+        """Train one client after the other, when its update is asked for."""
         lr = stage.phase.lr * stage.phase.lr_decay ** (number - stage.first)
         recipe = Recipe(self.config.clients, lr, self.config.model.precision == "bfloat16", self.pad)
         for client in clients:
             self.where.operation = f"training of client {client}"
             seed = derive(self.config.run.seed, "client", number, client)
             update = train(self.net, stage.coordinates, start_N, self.federation.client(client), recipe, seed)
+            self.where.operation = "upload"
             header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, stage.wire.nbytes)
-            yield torch.cat([header.pack(), stage.wire.encode(update.delta_N.cpu())])
+            yield header, update.delta_N
 
-    def _collect(self, stage: Stage, number: int, plan: RoundPlan, messages: Iterator[Tensor], seconds: dict[str, float]) -> list[Header]:
-        """Gather the updates; rank 0 adds each stretch as it arrives, in client order, and moves the global state by their mean."""
-        headers: list[Header] = []
-        mean = Mean(stage.coordinates.numel)
-        weight, spent = 1.0, 0.0
-        nbytes = HEADER_BYTES + stage.wire.nbytes
-        for message, offset, chunk_b in self.comm.gather(messages, plan.ranks, stage.label(number, "up"), nbytes, header=True):
-            began = time.perf_counter()
-            if offset == 0:
-                expected = Header(plan.clients[message], stage.at, number, 1, 0.0, 0.0, stage.wire.nbytes)
-                headers.append(Header.unpack(chunk_b[:HEADER_BYTES], expected))
-                chunk_b, offset = chunk_b[HEADER_BYTES:], HEADER_BYTES
-                weight = float(headers[-1].num_examples) if self.config.server.weighting == "examples" else 1.0
-                mean.count(weight)
-            mean.add(*stage.wire.decode_chunk(offset - HEADER_BYTES, chunk_b), weight)
-            spent += time.perf_counter() - began
-        if stage.server:
-            began = time.perf_counter()
-            stage.server.step(mean.result())
-            seconds["aggregate"] = spent + time.perf_counter() - began
-        return headers
-
-    def _judge(self, stage: Stage, number: int, headers: list[Header], seconds: dict[str, float]) -> dict[str, Any]:
+    def _judge(self, stage: Stage, number: int, received: Received) -> dict[str, Any]:
         """Evaluate when it is due, and return the figures of the round."""
+        headers = received.headers
         every, last = self.config.server.eval_every, stage.first + stage.phase.rounds - 1
         began = time.perf_counter()
         score = self._evaluate(stage) if number == last or (every and number % every == 0) else None
         self.score = score or self.score
         examples = sum(header.num_examples for header in headers)
-        seconds |= {
+        seconds = {
+            "aggregate": received.seconds,
             "train": sum(header.seconds for header in headers),
             "slowest_client": max(header.seconds for header in headers),
             "evaluate": time.perf_counter() - began,

@@ -50,6 +50,13 @@ class Metered:
         if header:
             self.ledger.add(Label(label.phase, label.round, "control", {"header": HEADER_BYTES}), "gather", made.count, 0, 0.0)
 
+    def reduce(self, values: Tensor, label: Label, clients: int) -> None:
+        """Sum ``values`` of all ranks to rank 0, in place; this rank's part sums ``clients`` clients."""
+        began = time.perf_counter()
+        self.comm.reduce(values)
+        moved = values.numel() * values.element_size() if self.size > 1 else 0
+        self._note(label, "reduce", clients, moved, time.perf_counter() - began)
+
     def _note(self, label: Label, op: str, clients: int, moved: int, seconds: float) -> None:
         self.seconds += seconds
         self.ledger.add(label, op, clients, moved, seconds)

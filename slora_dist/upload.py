@@ -1,0 +1,112 @@
+"""How updates reach rank 0: gathered one by one, or summed on the way.
+
+``gather`` brings every client's message to rank 0, which adds it in client order: the same bits on any number of ranks. ``reduce`` sums a
+rank's clients where they are and lets the transport add the ranks: rank 0 receives O(1) updates instead of O(K), in an order that is the
+transport's own, so that the last bits of a float sum may differ.
+
+Legend: N coordinates, b a bucket of bytes.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slora_dist.aggregate import Mean
+from slora_dist.agreement import tell
+from slora_dist.comm.metered import Metered
+from slora_dist.ledger import Label
+from slora_dist.wire import HEADER_BYTES, Header, Wire
+
+Updates = Iterator[tuple[Header, Tensor]]  # of this rank's clients, made when asked for: (header, delta_N)
+
+PROBE_BYTES, PROBES = 8 << 20, 3
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One round's upload: the wire, the ledger's label, what each client's header must say, and the rank that plays each client."""
+
+    wire: Wire
+    label: Label
+    expected: Sequence[Header]
+    ranks: Sequence[int]
+    by_examples: bool
+
+    def weight(self, header: Header) -> float:
+        """Return a client's weight in the mean."""
+        return float(header.num_examples) if self.by_examples else 1.0
+
+
+@dataclass(frozen=True)
+class Received:
+    """What rank 0 has after an upload: headers in client order, the mean update, and the seconds spent on adding."""
+
+    headers: list[Header]
+    mean_N: Tensor
+    seconds: float
+
+
+def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
+    """Gather every update; rank 0 adds each bucket while the next arrives. Returns None on other ranks."""
+    wire, headers, mean = upload.wire, list[Header](), Mean(upload.wire.support.numel)
+    spent, weight = 0.0, 1.0
+    messages = (torch.cat([header.pack(), wire.encode(delta_N.cpu())]) for header, delta_N in updates)
+    for message, offset, chunk_b in comm.gather(messages, upload.ranks, upload.label, HEADER_BYTES + wire.nbytes, header=True):
+        began = time.perf_counter()
+        if offset == 0:
+            headers.append(Header.unpack(chunk_b[:HEADER_BYTES], upload.expected[message]))
+            chunk_b, offset = chunk_b[HEADER_BYTES:], HEADER_BYTES
+            weight = upload.weight(headers[-1])
+            mean.count(weight)
+        mean.add(*wire.decode_chunk(offset - HEADER_BYTES, chunk_b), weight)
+        spent += time.perf_counter() - began
+    return Received(headers, mean.result(), spent) if comm.rank == 0 else None
+
+
+def reduce(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
+    """Sum the weighted updates of all ranks to rank 0, and gather the headers beside them. Returns None on other ranks."""
+    own, sum_N = list[Header](), torch.zeros(upload.wire.support.numel)
+    for header, delta_N in updates:
+        own.append(header)
+        sum_N.add_(delta_N.cpu(), alpha=upload.weight(header))
+    comm.reduce(sum_N, upload.label, clients=len(own))
+    label = Label(upload.label.phase, upload.label.round, "control", {"header": HEADER_BYTES})
+    packed = comm.gather((header.pack() for header in own), upload.ranks, label, HEADER_BYTES)
+    headers = [Header.unpack(chunk_b, upload.expected[message]) for message, _, chunk_b in packed]
+    if comm.rank:
+        return None
+    began = time.perf_counter()
+    mean_N = sum_N / sum(upload.weight(header) for header in headers)
+    return Received(headers, mean_N, time.perf_counter() - began)
+
+
+def choose(comm: Metered, wire: Wire, phase: str, number: int) -> str:
+    """Return the faster of ``gather`` and ``reduce`` on this transport for messages of this size, as measured now by rank 0."""
+    if comm.size == 1:
+        return "gather"
+    probe_B = torch.zeros(max(8, min(wire.nbytes, PROBE_BYTES)) // 8 * 8, dtype=torch.uint8)
+    label = Label(phase, number, "control", {"probe": probe_B.numel()})
+    senders = range(1, comm.size)
+
+    def gathered() -> None:
+        for _ in comm.gather([probe_B] if comm.rank else [], senders, label, probe_B.numel()):
+            pass
+
+    def reduced() -> None:
+        comm.reduce(probe_B.view(torch.float32), label, clients=1)
+
+    faster = _fastest(gathered) <= _fastest(reduced)
+    (gather_wins,) = tell(comm, [int(faster)], Label(phase, number, "control", {"choice": 8}))
+    return "gather" if gather_wins else "reduce"
+
+
+def _fastest(operation: Callable[[], None]) -> float:
+    seconds = []
+    for _ in range(1 + PROBES):  # the first one opens connections
+        began = time.perf_counter()
+        operation()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
