@@ -96,6 +96,14 @@ def _write_lora(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str,
     for name, tensor in {**delta, **head}.items():
         _assign(wrapped.base_model.model, name, tensor)
     wrapped.save_pretrained(folder)
+    _sort_lists(folder / "adapter_config.json")
+
+
+def _sort_lists(path: Path) -> None:
+    """Write a JSON object with its lists of names sorted: peft keeps them as sets, whose order differs from process to process."""
+    about = json.loads(path.read_text(encoding="utf-8"))
+    tidy = {key: sorted(set(value)) if isinstance(value, list) else value for key, value in about.items()}
+    path.write_text(json.dumps(tidy, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
