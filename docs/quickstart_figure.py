@@ -4,16 +4,16 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "slora_dist"  # the same run gives the same file
 import matplotlib.pyplot as plt
+
+plt.switch_backend("svg")
+plt.rcParams["svg.hashsalt"] = "slora_dist"  # the same run gives the same file
 
 COLORS = {"sparse": "#0072b2", "lowrank": "#d55e00"}
 
 
 def main(run: Path) -> None:
+    """Read the run's metrics and summary, and write the figure beside this file."""
     rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     full = sum(summary["full_finetuning_payload_bytes"].values()) / len(rounds)

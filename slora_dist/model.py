@@ -58,11 +58,26 @@ def tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     name = config.tokenizer or config.name
     if name is None:
         return None
+    folder = resolve(name, "models")
     try:
-        return AutoTokenizer.from_pretrained(resolve(name, "models"))
+        words = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         setting = "model.tokenizer" if config.tokenizer else "model.name"
         raise ConfigError(setting, f"no tokenizer at {name!r} ({_first_line(error)})", "a folder or hub name with a tokenizer") from None
+    if words.pad_token is None:  # GPT-like models have none; the attention mask hides whatever stands in for it
+        words.pad_token = words.eos_token
+    return words
+
+
+def fit(classifier: Classifier, words: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Make the classifier know the padding of its tokenizer. Raises ``ConfigError`` when vocabulary or length are above the model's."""
+    settings: Any = classifier.net.config
+    settings.pad_token_id = words.pad_token_id
+    if len(words) > settings.vocab_size:
+        raise ConfigError("model.tokenizer", f"{len(words)} tokens for a model of {settings.vocab_size}", "the model's own tokenizer")
+    longest = min(getattr(settings, "max_position_embeddings", max_length), words.model_max_length)
+    if max_length > longest:
+        raise ConfigError("data.max_length", f"{max_length} tokens for a model of {longest}", f"2 to {longest}")
 
 
 def dense_layers(classifier: Classifier) -> dict[str, tuple[int, int]]:
@@ -122,10 +137,11 @@ def head_parameters(classifier: Classifier) -> list[str]:
 
 def _settings(config: ModelConfig, names: Sequence[str]) -> Any:
     labels = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+    folder = resolve(config.name, "models") if config.name else None
     try:
-        if config.name is None:
+        if folder is None:
             return AutoConfig.for_model(**(config.config | labels))
-        return AutoConfig.from_pretrained(resolve(config.name, "models"), **(config.config | labels))
+        return AutoConfig.from_pretrained(folder, **(config.config | labels))
     except (OSError, ValueError, KeyError, TypeError) as error:
         setting = "model.name" if config.name else "model.config"
         raise ConfigError(setting, f"no model ({_first_line(error)})", "a transformers model folder, hub name or model_type") from None

@@ -95,3 +95,28 @@ def plan(plan: dict[str, Any]) -> None:
     console.print(table)
     for rate, minutes in plan["minutes"].items():
         print(f"at {rate} Mbit/s  {minutes:.1f} min on a client's link (full fine-tuning {plan['full_finetuning_minutes'][rate]:.1f} min)")
+
+
+def doctor(found: dict[str, Any]) -> None:
+    """Print what the doctor found: software, places, timings, advice."""
+    console = _console()
+    world, backends = found["world"], found["backends"]
+    print("versions    " + ", ".join(f"{name} {text or 'missing'}" for name, text in found["versions"].items()))
+    print(f"world       {world['size']} rank(s) by {world['launcher']}, transport {world['transport']}")
+    print(f"backends    gloo {backends['gloo']} (TLS {backends['gloo_tls']}), nccl {backends['nccl']}, MPI {backends['mpi'] or 'missing'}")
+    print(f"SLURM       {found['slurm'] or 'not here'}")
+    print(f"GPUs        {', '.join(found['gpus']) or 'none'}")
+    for row in found["interfaces"]:
+        print(f"interface   {row['name']} {'up' if row['up'] else 'down'} {row['mbit'] or '?'} Mbit/s {' '.join(row['addresses'])}")
+    for row in found["ranks"]:
+        print(f"rank {row['rank']:<6} {row['host']} {row['address']}, {row['device']}, {row['cores']} cores")
+    table = Table(title="median from barrier to barrier", title_justify="left")
+    for column in ("verb", "message", "milliseconds", "MB/s"):
+        table.add_column(column, justify="left" if column == "verb" else "right")
+    for row in found["verbs"]:
+        table.add_row(row["verb"], size(row["bytes"]), f"{row['seconds'] * 1e3:.2f}", f"{row['mbyte_per_second']:.1f}")
+    console.print(table)
+    for line in found["advice"]:
+        print(f"advice      {line}")
+    if not found["advice"]:
+        print("advice      nothing to mend")

@@ -12,6 +12,8 @@ from slora_dist.data.source import Documents
 from slora_dist.data.tokens import Encoded, encode, word_tokenizer
 from slora_dist.errors import ConfigError
 
+MOST_WORDS = 8192  # of a word tokenizer, when the model does not say how many tokens it knows
+
 
 def class_names(config: Config) -> list[str]:
     """Return the names of the classes; reads the source only when ``data.labels`` does not give them."""
@@ -64,4 +66,4 @@ class Federation:
     def _words(self) -> Any:
         if self._source is None:
             raise ConfigError("model.tokenizer", "missing", "a tokenizer folder or name, when each client has its own file")
-        return word_tokenizer(self._source.texts)
+        return word_tokenizer(self._source.texts, self._config.model.config.get("vocab_size", MOST_WORDS))
