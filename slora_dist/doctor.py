@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -123,10 +124,11 @@ def _backends(comm: Communicator) -> dict[str, Any]:
         from mpi4py import MPI
 
         mpi = MPI.Get_library_version().split("\n")[0].strip("\0 ")
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {
         "gloo": dist.is_gloo_available(),
         "nccl": dist.is_nccl_available(),
-        "mpi": mpi or shutil.which("mpiexec"),
+        "mpi": mpi or shutil.which("mpiexec", path=search),
         "gloo_tls": _gloo_tls(),
     }
 
@@ -134,15 +136,9 @@ def _backends(comm: Communicator) -> dict[str, Any]:
 def _gloo_tls() -> bool:
     """Whether this torch can encrypt gloo: it refuses the transport by name when TLS is not compiled in."""
     code = "import torch.distributed as d; d.ProcessGroupGloo.create_device(hostname='localhost')"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"GLOO_DEVICE_TRANSPORT": "TCP_TLS"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return "unsupported gloo device" not in run.stderr and "AttributeError" not in run.stderr
+    environ = os.environ | {"GLOO_DEVICE_TRANSPORT": "TCP_TLS"}
+    run = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120, check=False)
+    return "unsupported gloo device" not in run.stderr
 
 
 def _interfaces() -> list[Row]:
