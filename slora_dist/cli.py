@@ -9,11 +9,13 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slora_dist import settings
 from slora_dist.config import Config
+from slora_dist.ending import Where, speak_when_ended
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.log import say
 from slora_dist.world import World, detect
@@ -70,11 +72,27 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--backend", choices=("auto", "gloo", "nccl", "mpi"), default="auto")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
+    slurm = commands.add_parser("slurm", help="write the batch file of a run and submit it to SLURM")
+    slurm.add_argument("config", metavar="CONFIG.yaml")
+    slurm.add_argument("overrides", nargs="*", metavar="section.key=value")
+    slurm.add_argument("--out", metavar="RUN", help="run folder (default: runs/<name of the config>)")
+    slurm.add_argument("--nodes", type=int, required=True)
+    slurm.add_argument("--ranks-per-node", type=int, default=1)
+    slurm.add_argument("--partition")
+    slurm.add_argument("--account")
+    slurm.add_argument("--time", help="time limit, as SLURM writes it: 30, 4:00:00, 2-12")
+    slurm.add_argument("--launcher", choices=("torchrun", "srun", "mpi"), default="torchrun", help="what starts the ranks")
+    slurm.add_argument("--requeue", action="store_true", help="go back into the queue when the time is up, and on from the checkpoint")
+    slurm.add_argument("--dry-run", action="store_true", help="print the batch file, submit nothing")
+    slurm.set_defaults(run=_slurm)
     return parser
 
 
 def _train(options: argparse.Namespace, world: World) -> int:
     config, out = _settings(options)
+    where = Where()
+    if world.launcher != "alone":
+        speak_when_ended(world.rank, where)
     _set_threads(config.run.threads)
     from slora_dist import comm, device  # torch only now: the number of threads is read when it is loaded
 
@@ -82,14 +100,14 @@ def _train(options: argparse.Namespace, world: World) -> int:
     communicator = comm.connect(config.comm.backend, world, os.environ, config.comm.timeout, place)
     from slora_dist.job import Job
 
-    job = Job(config, communicator, out, place)
+    job = Job(config, communicator, out, place, where)
     try:
         job.run(resume=options.resume is not None, stop_after=options.stop_after)
     except ConfigError:
         communicator.close()
         raise
     except Exception as error:  # the program ends here, so this is where to say why
-        _fail(communicator, f"{job.where}: {error}", error)
+        _fail(communicator, f"{where}: {error}", error)
     communicator.close()
     return 0
 
@@ -173,4 +191,15 @@ def _fetch(options: argparse.Namespace, world: World) -> int:
 
     for name in options.names:
         print(f"{name}: {fetch(name)}", file=sys.stdout)
+    return 0
+
+
+def _slurm(options: argparse.Namespace, world: World) -> int:
+    from slora_dist import slurm
+
+    settings.load(options.config, options.overrides)  # better now than when the job's turn has come
+    wanted = {field.name: getattr(options, field.name) for field in fields(slurm.Options) if field.name not in ("out", "python")}
+    out = options.out or str(Path("runs") / Path(options.config).stem)
+    text = slurm.sbatch(options.config, options.overrides, slurm.Options(**wanted, out=out, python=sys.executable))
+    print(text if options.dry_run else slurm.submit(text), end="")
     return 0

@@ -35,10 +35,12 @@ def explain(error: ValidationError, root: type[Section], prefix: str = "") -> Co
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return cause
-    location = [str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int)]  # unions add their own parts
-    name = prefix + ".".join(location)
     if first["type"] == "extra_forbidden":
-        return ConfigError(name, "unknown setting", ", ".join(_names(root, location[:-1])))
+        typed = [str(part) for part in first["loc"]]
+        return ConfigError(prefix + ".".join(typed), "unknown setting", ", ".join(_names(root, typed[:-1])))
+    parts = [str(part) for part in first["loc"]]
+    location = [part for part in parts if part != "int" and (part.isidentifier() or part.isdigit())]  # unions add the types they tried
+    name = prefix + ".".join(location)
     if first["type"] == "missing":
         return ConfigError(name, "missing", _meaning(root, location))
     return ConfigError(name, f"{first['input']!r} does not fit", f"{_lower(first['msg'])} ({_meaning(root, location)})")

@@ -12,6 +12,7 @@ from slora_dist.comm.base import Communicator
 from slora_dist.comm.metered import Metered
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
+from slora_dist.ending import Where
 from slora_dist.errors import ConfigError
 from slora_dist.ledger import Ledger
 from slora_dist.roundplan import check_world, home
@@ -21,18 +22,14 @@ from slora_dist.summary import summarize
 
 
 class Job:
-    """What a rank needs for a run. ``where`` says how far it has come."""
+    """What a rank needs for a run. It keeps ``where`` up to date."""
 
-    def __init__(self, config: Config, comm: Communicator, out: Path, device: torch.device) -> None:
+    def __init__(self, config: Config, comm: Communicator, out: Path, device: torch.device, where: Where | None = None) -> None:
+        self.where = where or Where()
         self.config, self.folder, self.device = config, RunFolder(out), device
         self.comm = Metered(comm, Ledger(comm.rank))
         self.session: Session | None = None
         self.checkpoint: Checkpoint | None = None
-
-    @property
-    def where(self) -> str:
-        """The place in the run, for error messages."""
-        return str(self.session.where) if self.session else "preparation"
 
     def run(self, resume: bool, stop_after: int | None) -> None:
         """Play the run to its end, or to round ``stop_after``. Raises ``ConfigError`` on all ranks alike, before any training."""
@@ -61,7 +58,7 @@ class Job:
         model.fit(classifier, federation.tokenizer, self.config.data.max_length)
         for phase in self.config.method.resolved():
             methods.support(phase, classifier, self.config.method, self.config.run.seed)
-        session = Session(self.config, self.comm, classifier, federation, self.folder, self.device)
+        session = Session(self.config, self.comm, classifier, federation, self.folder, self.device, self.where)
         if session.is_root:
             session.test = federation.test()
             self._open_folder(resume)

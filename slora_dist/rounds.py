@@ -23,6 +23,7 @@ from slora_dist.comm.metered import Metered
 from slora_dist.config import Config, LowrankPhase
 from slora_dist.data.federation import Federation
 from slora_dist.data.tokens import Encoded
+from slora_dist.ending import Where
 from slora_dist.errors import RunError
 from slora_dist.evaluate import Score, evaluate
 from slora_dist.export import Result
@@ -55,27 +56,22 @@ class Stage:
         return Label(self.name, number, direction, dict(self.wire.by_kind() if by_kind is None else by_kind))
 
 
-@dataclass
-class Where:
-    """The place in the run, for error messages."""
-
-    phase: str = "start"
-    round: int = 0
-    operation: str = "start"
-
-    def __str__(self) -> str:
-        return f"phase {self.phase}, round {self.round}, {self.operation}"
-
-
 class Session:
     """A run as one rank plays it. ``play`` yields the record of every round (the lines of ``metrics.jsonl``; on rank 0 with figures)."""
 
     def __init__(
-        self, config: Config, comm: Metered, classifier: Classifier, federation: Federation, folder: RunFolder, device: torch.device
+        self,
+        config: Config,
+        comm: Metered,
+        classifier: Classifier,
+        federation: Federation,
+        folder: RunFolder,
+        device: torch.device,
+        where: Where,
     ) -> None:
         self.config, self.comm, self.classifier, self.federation, self.folder = config, comm, classifier, federation, folder
         self.is_root = comm.rank == 0
-        self.where = Where()
+        self.where = where
         self.device = device
         self.net = classifier.net.to(device)
         self.pad = int(federation.tokenizer.pad_token_id or 0)

@@ -105,10 +105,11 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 def require_equal(config: Config, other: Config) -> None:
     """Raise ``ConfigError`` naming the first setting in which ``other`` differs from the ``config`` of a run that is resumed."""
-    for name, value in _leaves(config.model_dump(), ""):
-        given = dict(_leaves(other.model_dump(), "")).get(name)
-        if given != value:
-            raise ConfigError(name, f"{given!r}, but the run that is resumed has {value!r}", "the settings of the run, or none")
+    has, given = (dict(_leaves(tree.model_dump(), "")) for tree in (config, other))
+    for name in {**has, **given}:
+        if given.get(name) != has.get(name):
+            problem = f"{given.get(name)!r}, but the run that is resumed has {has.get(name)!r}"
+            raise ConfigError(name, problem, "the settings of the run, or none")
 
 
 def _leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:

@@ -4,12 +4,12 @@ Legend: O/I out/in features, R rank. ``delta_OI`` is factored as B A with B_OR a
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse
 import torch
-from scipy.sparse.linalg import svds
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 # ARPACK beats the full SVD on both speed and memory when the rank is a small share of the matrix; above it the full one is as fast.
@@ -57,10 +57,24 @@ def _truncated(delta_OI: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray,
         return u[:, :rank], s[:rank], vt[:rank]
     density = np.count_nonzero(delta_OI) / delta_OI.size
     matrix = scipy.sparse.csr_array(delta_OI) if density < 0.05 else delta_OI  # products with a sparse matrix win below about 5 %
-    start = np.random.Generator(np.random.Philox(0)).standard_normal(min(delta_OI.shape))  # a fixed start makes it repeatable
-    u, s, vt = svds(matrix, k=rank, v0=start, tol=0)
-    order = np.argsort(-s, kind="stable")
-    return u[:, order], s[order], vt[order]
+    if delta_OI.shape[0] < delta_OI.shape[1]:
+        v, s, ut = _lanczos(matrix.T, rank)
+        return ut.T, s, v.T
+    return _lanczos(matrix, rank)
+
+
+def _lanczos(tall: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Do so by the eigenvectors of the smaller Gram matrix.
+
+    scipy's ``svds`` does the same, but gives ARPACK no generator of its own: a matrix of lower rank makes it draw new directions, and
+    these would differ from call to call.
+    """
+    draw = np.random.Generator(np.random.Philox(0))
+    gram = LinearOperator((tall.shape[1], tall.shape[1]), matvec=lambda x: tall.T @ (tall @ x), dtype=np.dtype(np.float64))
+    _, basis = eigsh(gram, k=rank, v0=draw.standard_normal(tall.shape[1]), tol=0, rng=draw)
+    basis, _ = np.linalg.qr(basis)  # of close eigenvalues ARPACK's vectors are not quite orthogonal
+    u, s, wt = np.linalg.svd(tall @ basis, full_matrices=False)
+    return u, s, wt @ basis.T
 
 
 def _fix_signs(u_OR: np.ndarray, s_R: np.ndarray, vt_RI: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -93,7 +93,7 @@ def rendezvous(environ: Mapping[str, str], world: World) -> tuple[str, int]:
             problem = f"not set, and the {world.size} ranks of {world.launcher} need it to meet"
             raise ConfigError(name, problem, _with_master(world))
     host = environ.get("MASTER_ADDR") or made_up["MASTER_ADDR"]
-    port = _integer({**made_up, **environ}, "MASTER_PORT", _with_master(world))
+    port = _integer({"MASTER_PORT": environ.get("MASTER_PORT") or made_up["MASTER_PORT"]}, "MASTER_PORT", _with_master(world))
     if not 0 < port < 65536:
         raise ConfigError("MASTER_PORT", f"{port} is no port", "1 to 65535")
     return host, port

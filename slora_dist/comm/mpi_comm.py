@@ -81,6 +81,7 @@ class MpiComm:
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks: MPI_Abort."""
+        self._sender.shutdown(wait=False, cancel_futures=True)
         sys.stdout.flush()
         sys.stderr.flush()
         self._ranks.Abort(code)
@@ -124,6 +125,8 @@ def _start() -> Any:
         mpi4py.rc.thread_level = "serialized"
         mpi4py.rc.finalize = False
         from mpi4py import MPI
+
+        assert MPI.Query_thread() >= MPI.THREAD_SERIALIZED
     except (ImportError, RuntimeError) as error:
         cause = str(error).partition("\n")[0]
         raise ConfigError("comm.backend", f"mpi cannot be used ({cause})", "gloo, or pip install 'slora-dist[mpi]' first") from error

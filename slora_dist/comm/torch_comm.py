@@ -6,6 +6,7 @@ Legend: B bytes of a message, b bytes of a bucket or less.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,22 +22,26 @@ from slora_dist.comm.alone import leave
 from slora_dist.comm.base import BUCKET, INIT_SECONDS, MAX_MESSAGE, Chunk, check_summable, check_wire, failing, staged
 from slora_dist.world import World
 
+NCCL_PATIENCE = timedelta(days=365)  # nccl's watchdog may end the process: the deadlines are those of our waits, which may be longer
+
 
 @dataclass(frozen=True)
 class _Transfer:
-    """Works under way with ``peer``. ``staged_b`` keeps their memory alive, ``target_b`` is where a receive's bytes go in the end."""
+    """Works under way with ``peer`` since ``posted``. ``staged_b`` keeps their memory alive, ``target_b`` is where a receive's bytes go."""
 
     rank: int
     peer: int
     seconds: float
+    posted: float
     works: list[dist.Work]
     staged_b: Tensor
     target_b: Tensor
 
     def wait(self) -> None:
+        past = time.monotonic() - self.posted if self.staged_b.is_cuda else 0.0  # nccl's clock runs since the posting, gloo's since now
         with failing(self.rank, "gather", self.peer):
             for work in self.works:
-                work.wait(timedelta(seconds=self.seconds))
+                work.wait(timedelta(seconds=past + self.seconds))
         if self.target_b is not self.staged_b:
             self.target_b.copy_(self.staged_b)
 
@@ -77,7 +82,7 @@ class TorchComm:
             store=PrefixStore("slora_dist", store),
             rank=self.rank,
             world_size=self.size,
-            timeout=timedelta(seconds=self.timeout),
+            timeout=NCCL_PATIENCE if on_gpu else timedelta(seconds=self.timeout),
             device_id=self.device if on_gpu else None,
         )
         if on_gpu:
@@ -101,11 +106,11 @@ class TorchComm:
 
     def barrier(self) -> None:
         """Return when all ranks have called it; gloo's names a rank that does not."""
+        if self.name != "gloo":
+            self._collective("barrier", torch.zeros(1), lambda tensor: dist.all_reduce(tensor, async_op=True))
+            return
         with failing(self.rank, "barrier"):
-            if self.name == "gloo":
-                dist.monitored_barrier(timeout=timedelta(seconds=self.timeout))
-            else:
-                dist.barrier(device_ids=[self.device.index])
+            dist.monitored_barrier(timeout=timedelta(seconds=self.timeout))
 
     def abort(self, code: int) -> NoReturn:
         """End this process; its broken connections end those that wait for it, and torchrun or srun -K all others."""
@@ -127,23 +132,29 @@ class TorchComm:
         return self._transfer(dist.irecv, staged_b, chunk_b, peer, self.timeout)
 
     def _transfer(self, op: Callable[..., Any], staged_b: Tensor, target_b: Tensor, peer: int, seconds: float) -> _Transfer:
+        posted = time.monotonic()
         with failing(self.rank, "gather", peer):  # batched even though it is one: unbatched, nccl opens a communicator per pair of ranks
             works = dist.batch_isend_irecv([dist.P2POp(op, staged_b, peer)])
-        return _Transfer(self.rank, peer, seconds, works, staged_b, target_b)
+        return _Transfer(self.rank, peer, seconds, posted, works, staged_b, target_b)
 
     def _collective(self, op: str, values: Tensor, start: Callable[[Tensor], dist.Work | None]) -> None:
         with failing(self.rank, op), staged(values, self.device) as tensor:
             work = start(tensor)
             assert work is not None
-            work.wait()
+            work.wait(timedelta(seconds=self.timeout))
 
 
 def open_store(host: str, port: int, world: World, environ: Mapping[str, str]) -> Store:
-    """Return the store at ``host``:``port`` that all ranks share. Rank 0 serves it, unless torchrun's agent does so already."""
+    """Return the store at ``host``:``port`` that all ranks share. Rank 0 serves it, unless torchrun's agent does so already.
+
+    The agent's store outlives its workers: what they wrote before a restart must not be taken for news.
+    """
     served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     with failing(world.rank, "connect", 0 if world.rank else None):
         patience = timedelta(seconds=INIT_SECONDS)
-        return TCPStore(host, port, is_master=world.rank == 0 and not served, timeout=patience, wait_for_workers=False)
+        store = TCPStore(host, port, is_master=world.rank == 0 and not served, timeout=patience, wait_for_workers=False)
+    return PrefixStore(f"attempt{attempt}", store)
 
 
 def _call_roll(store: Store, rank: int, size: int) -> None:

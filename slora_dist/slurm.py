@@ -1,0 +1,120 @@
+"""The batch file that runs a federation under SLURM, as text; ``slurm/*.sbatch`` end in the same lines.
+
+Every launcher ends in the same command, ``train`` with its arguments. Ranks per node are SLURM's ``--ntasks-per-node`` throughout.
+"""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from slora_dist.errors import ConfigError
+
+Launcher = Literal["torchrun", "srun", "mpi"]
+
+# How each launcher starts the ranks. torchrun: one agent per node; the restart count keeps a requeued job from meeting its former life.
+# srun: one task per rank; without --kill-on-bad-exit the others would wait for a dead one until their time-out.
+START = {
+    "torchrun": """\
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+start=(srun --nodes "$SLURM_NNODES" --ntasks "$SLURM_NNODES" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=1
+  "$python" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_NTASKS_PER_NODE:-1}"
+  --rdzv-backend c10d --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}")
+""",
+    "srun": """\
+start=(srun --kill-on-bad-exit=1 "$python")
+""",
+    "mpi": """\
+start=(srun --mpi "${SLURM_MPI_TYPE:-pmi2}" --kill-on-bad-exit=1 "$python")
+""",
+}
+
+TRAIN = """\
+"${start[@]}" -m slora_dist train "$@"
+"""
+
+# The batch shell acts on a signal only while it waits. Whoever requeues a job ends its ranks; the next life goes on from the checkpoint.
+TRAIN_AND_REQUEUE = """\
+trap 'scontrol requeue "$SLURM_JOB_ID"; wait' USR1
+if [ -e "$run/config.json" ]; then set -- "$@" --resume "$run"; else set -- "$@" --out "$run"; fi
+"${start[@]}" -m slora_dist train "$@" &
+wait $!
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the batch file asks SLURM for. ``out`` is the run folder, ``python`` the interpreter that has slora_dist."""
+
+    nodes: int
+    out: str
+    ranks_per_node: int = 1
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    launcher: Launcher = "torchrun"
+    requeue: bool = False
+    python: str = "python"
+
+
+def sbatch(config_path: str, overrides: Sequence[str], options: Options) -> str:
+    """Return the batch file that trains ``config_path`` with ``overrides``.
+
+    Raises ``ConfigError`` for counts below 1 and for names that would not survive in an #SBATCH line.
+    """
+    arguments = [config_path, *overrides] + (["comm.backend=mpi"] if options.launcher == "mpi" else [])
+    given = " ".join(shlex.quote(argument) for argument in arguments)
+    out = shlex.quote(options.out)
+    ending = f"run={out}\n{TRAIN_AND_REQUEUE}" if options.requeue else TRAIN
+    return "".join(
+        [
+            "#!/bin/bash\n",
+            *(f"#SBATCH {line}\n" for line in _requests(config_path, options)),
+            f"set -euo pipefail\npython={shlex.quote(options.python)}\n",
+            f"set -- {given}\n" if options.requeue else f"set -- {given} --out {out}\n",
+            START[options.launcher],
+            ending,
+        ]
+    )
+
+
+def submit(text: str) -> str:
+    """Hand a batch file to SLURM and return its answer. Raises ``ConfigError`` with SLURM's own words when it refuses."""
+    try:
+        answer = subprocess.run(["sbatch"], input=text, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ConfigError("sbatch", "not found", "a machine that submits to SLURM, or --dry-run") from None
+    if answer.returncode:
+        raise ConfigError("sbatch", f"refused ({' '.join(answer.stderr.split())})", "what the cluster offers; see sinfo")
+    return answer.stdout
+
+
+def _requests(config_path: str, options: Options) -> list[str]:
+    name = re.sub(r"[^\w.-]", "_", Path(config_path).stem)
+    lines = [
+        f"--job-name={name}",
+        f"--output={name}-%j.out",
+        f"--nodes={_count('--nodes', options.nodes)}",
+        f"--ntasks-per-node={_count('--ranks-per-node', options.ranks_per_node)}",
+    ]
+    for option, value in (("--partition", options.partition), ("--account", options.account), ("--time", options.time)):
+        if value is not None:
+            lines.append(f"{option}={_word(option, value)}")
+    if options.requeue:  # append: the next life writes on; USR1 comes two minutes before the time is up, to the batch shell alone
+        lines += ["--requeue", "--open-mode=append", "--signal=B:USR1@120"]
+    return lines
+
+
+def _count(option: str, number: int) -> int:
+    if number < 1:
+        raise ConfigError(option, f"{number} is too few", "1 or more")
+    return number
+
+
+def _word(option: str, text: str) -> str:
+    if not re.fullmatch(r"[\w.,:@+/-]+", text):
+        raise ConfigError(option, f"{text!r} cannot stand in an #SBATCH line", "letters, digits and . , : @ + / - _")
+    return text

@@ -1,0 +1,95 @@
+"""Batch jobs on a real SLURM cluster, from the files that users submit."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import LONG
+from tests.cluster.processes import command_line, having, until
+from tests.cluster.runs import adapter, lines, payload, ranks, rounds
+from tests.cluster.slurm_cluster import SlurmCluster
+
+pytestmark = pytest.mark.cluster
+
+
+def finish(slurm: SlurmCluster, number: str, shared: Path) -> str:
+    facts = slurm.wait(number)
+    log = "".join(file.read_text() for file in shared.glob(f"{number}*.out"))
+    assert facts["JobState"] == "COMPLETED", f"{facts}\n{log}"
+    return log
+
+
+@pytest.mark.parametrize(
+    ("script", "nodes", "overrides", "transport"),
+    [("torchrun", 3, (), "gloo"), ("direct", 3, (), "gloo"), ("mpi", 3, ("comm.backend=mpi",), "mpi"), ("mpirun", 2, (), "mpi")],
+)
+def test_a_job_ends_in_the_bits_and_the_payload_of_a_world_of_one(
+    slurm: SlurmCluster, shared: Path, alone: Path, script: str, nodes: int, overrides: tuple[str, ...], transport: str
+) -> None:
+    number = slurm.submit(f"--nodes={nodes}", f"slurm/{script}.sbatch", "configs/tiny.yaml", *LONG, *overrides, "--out", "run", cwd=shared)
+    log = finish(slurm, number, shared)
+    run = shared / "run"
+    assert adapter(run) == adapter(alone), log
+    assert payload(run) == payload(alone) and ranks(run) == set(range(nodes))
+    assert f'"transport": "{transport}"' in (run / "config.json").read_text()
+
+
+def test_a_requeued_job_goes_on_and_ends_in_the_bits_of_an_undisturbed_one(slurm: SlurmCluster, shared: Path, alone: Path) -> None:
+    command = [sys.executable, "-m", "slora_dist", "slurm", "configs/tiny.yaml", *LONG, "--nodes", "2", "--launcher", "srun", "--requeue"]
+    number = slurm(*command, "--out", "run", cwd=shared).split()[-1]
+    run = shared / "run"
+    until(lambda: len(rounds(run)) >= 3, "three rounds")
+    slurm("scancel", "--batch", "--signal=USR1", number)  # what SLURM itself sends before the time is up
+    until(lambda: slurm.job(number).get("Restarts") == "1", "the second life")
+    noted = len(rounds(run))
+    assert 3 <= noted < 20, "the signal came when all was done"
+    facts = slurm.wait(number)
+    assert facts["JobState"] == "COMPLETED", (shared / f"tiny-{number}.out").read_text()
+    assert rounds(run) == list(range(1, 21))
+    assert adapter(run) == adapter(alone) and payload(run) == payload(alone)
+
+
+def test_an_array_sweeps_four_configurations(slurm: SlurmCluster, shared: Path) -> None:
+    methods = ["slora", "sft", "lora", "fft"]
+    short = "method.sparse.rounds=1 method.lowrank.rounds=1 method.dense.rounds=1 'data.limit=64'"
+    sweep = [f"configs/tiny.yaml method.name={method} {short} --out runs/{method}\n" for method in methods]
+    (shared / "sweep.txt").write_text("".join(sweep))
+    number = slurm.submit("--array=1-4", "slurm/array.sbatch", "sweep.txt", cwd=shared)
+    until(lambda: not slurm("squeue", "-h", "--jobs", number), "the end of the array", 120)
+    log = "".join(file.read_text() for file in shared.glob("*.out"))
+    for method in methods:
+        assert (shared / "runs" / method / "summary.json").exists(), log
+    assert {line["phase"] for line in lines(shared / "runs/fft", "metrics.jsonl")} == {"dense"}
+
+
+@pytest.mark.parametrize("script", ["torchrun", "direct"])
+def test_the_death_of_a_rank_ends_the_job_and_leaves_nothing_behind(slurm: SlurmCluster, shared: Path, script: str) -> None:
+    endless = ("method.sparse.rounds=1000",)
+    number = slurm.submit("--nodes=3", f"slurm/{script}.sbatch", "configs/tiny.yaml", *endless, "--out", "run", cwd=shared)
+    until(lambda: len(rounds(shared / "run")) >= 2, "two rounds", 90)
+    victim = {"RANK": "2"} if script == "torchrun" else {"SLURM_PROCID": "2"}
+    (pid,) = [
+        pid
+        for pid in having({"SLURM_JOB_ID": number, **victim})
+        if " -m slora_dist train" in command_line(pid) and "distributed.run" not in command_line(pid)
+    ]
+    os.kill(pid, signal.SIGKILL)
+    assert slurm.wait(number, 40)["JobState"] == "FAILED"
+    log = (shared / f"{number}.out").read_text()
+    assert "failed in phase sparse, round" in log and "Traceback" not in log, log
+    until(lambda: not list(having({"SLURM_JOB_ID": number})), "nothing left of the job", 20)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun", "mpi"])
+def test_slurm_and_shellcheck_accept_what_is_written(slurm: SlurmCluster, shared: Path, launcher: str) -> None:
+    options = ["--nodes", "3", "--ranks-per-node", "2", "--partition", "test", "--time", "10:00", "--launcher", launcher, "--requeue"]
+    text = slurm(sys.executable, "-m", "slora_dist", "slurm", "configs/tiny.yaml", "data.limit=64", *options, "--dry-run", cwd=shared)
+    (shared / "job.sbatch").write_text(text)
+    slurm("sbatch", "--test-only", "job.sbatch", cwd=shared)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", shared / "job.sbatch"], check=True)

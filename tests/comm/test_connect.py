@@ -1,0 +1,102 @@
+"""Which transport a run gets, and how the ranks of torchrun, of an srun step and of nobody in particular find each other."""
+
+import socket
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._C._distributed_c10d import TCPStore
+
+from slora_dist.comm import choose, connect
+from slora_dist.comm.mpi_comm import MpiComm
+from slora_dist.errors import ConfigError
+from slora_dist.world import World, detect
+from tests.ranks import run_ranks
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+TIMEOUT = 40.0
+
+
+def world(size: int, launcher: str = "torchrun", local_size: int = 1) -> World:
+    return World(0, size, 0, local_size, 0, launcher)
+
+
+@pytest.mark.parametrize(
+    ("backend", "place", "device", "expected"),
+    [
+        ("auto", world(1, "alone"), CPU, "alone"),
+        ("nccl", world(1, "alone"), CPU, "alone"),
+        ("auto", world(1, "openmpi"), CPU, "alone"),
+        ("mpi", world(1, "alone"), CPU, "mpi"),
+        ("auto", world(2), CPU, "gloo"),
+        ("auto", world(2, "slurm"), CPU, "gloo"),
+        ("auto", world(2, "mpich"), CPU, "mpi"),
+        ("auto", world(2, "openmpi"), CUDA, "mpi"),
+        ("gloo", world(2, "mpich"), CPU, "gloo"),
+        ("mpi", world(2, "slurm"), CPU, "mpi"),
+        ("auto", world(4, local_size=2), CUDA, "nccl"),
+        ("nccl", world(4, local_size=2), CUDA, "nccl"),
+        ("auto", world(4, local_size=3), CUDA, "gloo"),
+    ],
+)
+def test_choose(backend: str, place: World, device: torch.device, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose(backend, place, device) == expected
+
+
+@pytest.mark.parametrize(("local_size", "device", "problem"), [(1, CPU, "this rank trains on cpu"), (3, CUDA, "two ranks on one GPU")])
+def test_nccl_needs_a_gpu_for_every_rank(local_size: int, device: torch.device, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        choose("nccl", world(4, local_size=local_size), device)
+    assert caught.value.setting == "comm.backend"
+
+
+def test_a_world_of_one_needs_nothing() -> None:
+    assert connect("auto", detect({}), {}, TIMEOUT, CPU).name == "alone"
+
+
+def test_mpi_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ConfigError, match=r"pip install 'slora-dist\[mpi\]'") as caught:
+        MpiComm(world(2, "mpich"), TIMEOUT)
+    assert caught.value.setting == "comm.backend"
+
+
+def test_the_agents_store_serves_every_restart() -> None:
+    """As torchrun has it: the agent's store stays, while the ranks of the first attempt are gone and their addresses with them."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for restarts in range(2):
+        shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restarts)}
+        assert run_ranks(2, _torchrun, shared | _master(store.port)) == [("gloo", restarts), ("gloo", restarts)]
+
+
+def _torchrun(rank: int, size: int, shared: dict[str, str]) -> Any:
+    environ = shared | {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    return _say(environ, int(shared["TORCHELASTIC_RESTART_COUNT"]))
+
+
+def test_rank_0_of_a_step_serves_the_store() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert run_ranks(3, _step, _master(port)) == [("gloo", 17)] * 3
+
+
+def _step(rank: int, size: int, shared: dict[str, str]) -> Any:
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(size), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+    return _say(shared | step, 17)
+
+
+def _master(port: int) -> dict[str, str]:
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _say(environ: dict[str, str], word: int) -> tuple[str, int]:
+    """Connect as the environment says, and return what rank 0 broadcasts."""
+    place = detect(environ)
+    comm = connect("auto", place, environ, TIMEOUT, CPU)
+    wire_B = torch.full((5,), word if place.rank == 0 else 99, dtype=torch.uint8)
+    comm.broadcast(wire_B)
+    comm.close()
+    return comm.name, int(wire_B[4])

@@ -1,0 +1,43 @@
+"""Masks: exact, repeatable, uniform."""
+
+import hashlib
+
+import pytest
+import scipy.stats
+import torch
+
+from slora_dist.masks import kept, random_mask
+
+
+@pytest.mark.parametrize(("numel", "count"), [(10, 0), (10, 1), (10, 10), (1000, 100), (65537, 6554)])
+def test_exactly_count_distinct_positions_in_order(numel: int, count: int) -> None:
+    mask = random_mask(numel, count, 3)
+    assert mask.dtype == torch.int64 and mask.shape == (count,)
+    assert bool((mask[1:] > mask[:-1]).all())
+    assert count == 0 or (int(mask[0]) >= 0 and int(mask[-1]) < numel)
+
+
+def test_the_share_is_rounded() -> None:
+    assert [kept(numel, 0.1) for numel in (4, 5, 6, 16, 100)] == [0, 0, 1, 2, 10]
+
+
+def test_the_bits_are_pinned() -> None:
+    """Masks never travel: another version of this program must draw the same ones."""
+    digest = hashlib.sha256(random_mask(100_000, 10_000, (1 << 63) - 25).numpy().tobytes()).hexdigest()
+    assert digest == "ebc69202a606c72b18203f4a97edb411c86dbc4a58c800faa791292ceed3a348"
+
+
+def test_every_position_is_equally_likely() -> None:
+    """Chi-square over positions, many seeds; and over cells of one large mask."""
+    seen = torch.zeros(64)
+    for seed in range(4000):
+        seen[random_mask(64, 16, seed * 0x51ED270B)] += 1
+    assert scipy.stats.chisquare(seen.numpy()).pvalue > 1e-3
+    cells = torch.bincount(random_mask(1 << 20, 1 << 16, 7) >> 12, minlength=256)
+    assert scipy.stats.chisquare(cells.numpy()).pvalue > 1e-3
+
+
+def test_seeds_differ() -> None:
+    """Two masks of density d share d of their entries, no more: neighbouring seeds are as good as distant ones."""
+    one, other = (set(random_mask(100_000, 10_000, seed).tolist()) for seed in (1, 2))
+    assert abs(len(one & other) - 1000) < 150
