@@ -1,0 +1,45 @@
+"""The doctor measures every verb, and advises only what its findings say."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from slora_dist import doctor
+from slora_dist.comm.alone import Alone
+from slora_dist.world import World
+
+HEALTHY: dict[str, Any] = {
+    "versions": {"mpi4py": "4.1"},
+    "world": {"size": 3, "transport": "gloo", "launcher": "torchrun"},
+    "ranks": [{"rank": rank, "host": f"node{rank}", "address": f"10.0.0.{rank}", "device": "cpu", "cores": 2} for rank in range(3)],
+}
+
+
+def test_a_world_of_one_is_examined_and_told_how_to_measure_more() -> None:
+    found = doctor.examine(Alone(), World(0, 1, 0, 1, None, "alone"), {}, torch.device("cpu"))
+    assert found
+    assert {(row["verb"], row["bytes"]) for row in found["verbs"]} == {
+        (verb, size) for verb in ("broadcast", "gather", "reduce") for size in doctor.SIZES
+    }
+    assert found["versions"]["torch"] == torch.__version__
+    assert any("torchrun --standalone" in line for line in found["advice"])
+
+
+def test_nothing_to_mend() -> None:
+    assert doctor.advise(HEALTHY, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "environ", "words"),
+    [
+        ({"ranks": [row | {"address": "127.0.1.1"} for row in HEALTHY["ranks"]]}, {}, "GLOO_SOCKET_IFNAME"),
+        ({"ranks": [row | {"host": "one", "cores": 1} for row in HEALTHY["ranks"]]}, {}, "3 ranks train on 1 cores"),
+        ({"ranks": [row | {"host": "one", "device": "cuda:0"} for row in HEALTHY["ranks"]]}, {}, "share 1 GPU"),
+        ({"versions": {"mpi4py": None}}, {}, "slora-dist[mpi]"),
+        ({}, {"OMP_NUM_THREADS": "8"}, "run.threads"),
+    ],
+)
+def test_advice(change: dict[str, Any], environ: dict[str, str], words: str) -> None:
+    (line,) = doctor.advise(HEALTHY | change, environ)
+    assert words in line
