@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 
 from slora_dist.errors import ConfigError
 from slora_dist.runfolder import Checkpoint, RunFolder
-from tests.tiny import config
+from tests.tiny import tiny
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     made = RunFolder(tmp_path / "deep" / "run")
-    made.create(config(), {"size": 1})
+    made.create(tiny(), {"size": 1})
     return made
 
 
@@ -30,9 +30,9 @@ def state(folder: RunFolder) -> int:
 
 
 def test_settings_come_back_and_a_run_is_never_overwritten(folder: RunFolder) -> None:
-    assert folder.config() == config()
+    assert folder.config() == tiny()
     with pytest.raises(ConfigError, match=r"--out: .* holds a run already.*--resume"):
-        folder.create(config(), {})
+        folder.create(tiny(), {})
 
 
 def test_a_checkpoint_comes_back_and_only_the_last_is_kept(folder: RunFolder) -> None:
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_said(folder: RunFolder) -> None:
     folder.save(checkpoint(1))
     path = folder.path / "checkpoint" / "round-00001" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ConfigError, match="--resume: .* cannot be read"):
+    with pytest.raises(ConfigError, match=r"--resume: .* cannot be read"):
         folder.latest()
 
 
@@ -112,5 +112,5 @@ def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:
 
 def test_an_unwritable_place_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--out: .*file/run cannot be written"):
-        RunFolder(tmp_path / "file" / "run").create(config(), {})
+    with pytest.raises(ConfigError, match=r"--out: .*file/run cannot be written"):
+        RunFolder(tmp_path / "file" / "run").create(tiny(), {})

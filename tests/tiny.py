@@ -20,7 +20,7 @@ SHORT = (  # two phases of two rounds with little training
 )  # fmt: skip
 
 
-def config(*overrides: str) -> Config:
+def tiny(*overrides: str) -> Config:
     """Return the tiny settings with ``overrides``."""
     return settings.load(TINY, overrides)
 
@@ -28,7 +28,7 @@ def config(*overrides: str) -> Config:
 def run(out: Path, *overrides: str, resume: bool = False, stop_after: int | None = None, comm: Communicator | None = None) -> RunFolder:
     """Play the tiny run into ``out``; a run that is resumed has its settings from there."""
     folder = RunFolder(out)
-    chosen = folder.config() if resume else config(*overrides)
+    chosen = folder.config() if resume else tiny(*overrides)
     Job(chosen, comm or Alone(), out, torch.device("cpu")).run(resume, stop_after)
     return folder
 

@@ -27,7 +27,9 @@ def world(size: int, launcher: str = "torchrun", local_size: int = 1) -> World:
     [
         ("auto", world(1, "alone"), CPU, "alone"),
         ("nccl", world(1, "alone"), CPU, "alone"),
+        ("gloo", world(1), CPU, "alone"),
         ("auto", world(1, "openmpi"), CPU, "alone"),
+        ("auto", world(1, "mpich"), CPU, "alone"),
         ("mpi", world(1, "alone"), CPU, "mpi"),
         ("auto", world(2), CPU, "gloo"),
         ("auto", world(2, "slurm"), CPU, "gloo"),
@@ -38,6 +40,7 @@ def world(size: int, launcher: str = "torchrun", local_size: int = 1) -> World:
         ("auto", world(4, local_size=2), CUDA, "nccl"),
         ("nccl", world(4, local_size=2), CUDA, "nccl"),
         ("auto", world(4, local_size=3), CUDA, "gloo"),
+        ("gloo", world(4, local_size=2), CUDA, "gloo"),
     ],
 )
 def test_choose(backend: str, place: World, device: torch.device, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,11 +60,18 @@ def test_a_world_of_one_needs_nothing() -> None:
     assert connect("auto", detect({}), {}, TIMEOUT, CPU).name == "alone"
 
 
-def test_mpi_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mpi4py", None)
+@pytest.mark.parametrize("missing", ["mpi4py", "mpi4py.MPI"], ids=["mpi4py", "libmpi"])
+def test_mpi_that_is_not_installed_is_said(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ConfigError, match=r"pip install 'slora-dist\[mpi\]'") as caught:
         MpiComm(world(2, "mpich"), TIMEOUT)
     assert caught.value.setting == "comm.backend"
+
+
+def test_gloo_in_an_mpi_world_needs_a_place_to_meet() -> None:
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR=<host of rank 0> MASTER_PORT=29500 mpiexec -n 2 ") as caught:
+        connect("gloo", world(2, "mpich"), {}, TIMEOUT, CPU)
+    assert caught.value.setting == "MASTER_ADDR"
 
 
 def test_the_agents_store_serves_every_restart() -> None:

@@ -85,14 +85,14 @@ def test_any_plan_of_one_size(senders: list[int], nbytes: int) -> None:
 
 
 def test_the_next_chunk_is_posted_before_one_is_used() -> None:
-    root = Paper(0, {1: deque(content(0, 3 * BUCKET - 1).split(BUCKET))})
+    root = Paper(0, {1: deque(torch.split(content(0, 3 * BUCKET - 1), BUCKET))})
     for _, _, chunk_b in stream.gather(root, iter(()), [1], 3 * BUCKET - 1):
         root.events.append(f"use {chunk_b.numel()}")
     assert root.events == ["post 64", "post 64", "wait 64", "use 64", "post 63", "wait 64", "use 64", "wait 63", "use 63"]
 
 
 def test_memory_is_two_buckets() -> None:
-    root = Paper(0, {1: deque(content(0, 9 * BUCKET).split(BUCKET))})
+    root = Paper(0, {1: deque(torch.split(content(0, 9 * BUCKET), BUCKET))})
     places = [chunk_b.data_ptr() for _, _, chunk_b in stream.gather(root, iter(()), [1], 9 * BUCKET)]
     assert len(set(places)) == 2 and places[0] != places[1]
 

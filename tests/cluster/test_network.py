@@ -1,0 +1,83 @@
+"""Several machines: the page that users follow, and the ledger against what their interfaces counted."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import REPOSITORY
+from tests.cluster.network import Network
+from tests.cluster.processes import until
+from tests.cluster.runs import adapter, lines, ranks
+
+pytestmark = pytest.mark.cluster
+
+# all weights of a wider model travel: about 5 MB a message, so that what else is said does not count
+LARGE = (
+    "configs/tiny.yaml",
+    "method.name=fft",
+    "method.dense.rounds=3",
+    "model.config.hidden_size=256",
+    "model.config.intermediate_size=512",
+    "data.limit=96",
+    "clients.count=3",
+    "clients.per_round=3",
+    "clients.epochs=1",
+)
+WITH_HEADERS = (1.04, 1.10)  # Ethernet, IP and TCP headers make 1.046 at an MTU of 1500; acknowledgements come on top
+
+
+def test_two_machines_run_what_the_page_says(network: Network, shared: Path, environ: Mapping[str, str]) -> None:
+    page = (REPOSITORY / "docs/cluster.md").read_text()
+    (command,) = [line for line in page.splitlines() if line.startswith("NODES=2 ")]
+    network.run({number: ["bash", "-c", command] for number in (1, 2)}, shared, environ)
+    run = shared / "runs/two-machines"
+    assert (run / "summary.json").exists() and ranks(run) == {0, 1, 2, 3}
+    assert adapter(run)
+    until(lambda: not network.processes(), "no process left on any host")
+
+
+@pytest.mark.parametrize("transport", ["gloo", "mpi"])
+def test_the_ledger_agrees_with_what_the_interfaces_counted(
+    network: Network, shared: Path, environ: Mapping[str, str], transport: str
+) -> None:
+    hosts = range(1, network.hosts + 1)
+    before = {number: network.counters(number) for number in hosts}
+    command = ["bash", "-c", f'exec "$@" {" ".join(LARGE)} --out run', "bash"]
+    if transport == "gloo":
+        together = environ | {"NODES": "4", "HEAD": "node1"}
+        network.run({number: [*command, "launch/torchrun.sh"] for number in hosts}, shared, together)
+    else:
+        network.run({1: [*command, "launch/mpirun.sh"]}, shared, environ | _mpich(network, shared))
+    counted = {number: {way: value - before[number][way] for way, value in network.counters(number).items()} for number in hosts}
+    print(counted, {op: _moved(shared / "run", op) for op in ("broadcast", "gather")})
+
+
+def _moved(run: Path, op: str) -> dict[int, int]:
+    """Return the transport bytes of one operation, rank by rank."""
+    sums: dict[int, int] = {}
+    for line in lines(run, "ledger.jsonl"):
+        if line["op"] == op:
+            sums[line["rank"]] = sums.get(line["rank"], 0) + line["transport_bytes"]
+    return sums
+
+
+def _mpich(network: Network, folder: Path) -> dict[str, str]:
+    """Return the variables by which MPICH's mpiexec reaches the hosts: a stand-in for ssh, and TCP instead of the memory they share."""
+    stand_in = folder / "ssh"
+    stand_in.write_text(
+        '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nhost=${1#node}; shift\n'
+        f'exec ip netns exec "{network.prefix}$host" unshare --uts bash -c "hostname node$host; $*"\n'
+    )
+    stand_in.chmod(0o755)
+    return {
+        "HYDRA_LAUNCHER": "ssh",
+        "HYDRA_LAUNCHER_EXEC": str(stand_in),
+        "HYDRA_IFACE": "eth0",
+        "UCX_TLS": "self,tcp",
+        "UCX_NET_DEVICES": "eth0",
+        "RANKS": str(network.hosts),
+        "HOSTS": ",".join(f"node{number}:1" for number in range(1, network.hosts + 1)),
+    }
