@@ -20,6 +20,7 @@ from slora_dist.errors import ConfigError, RunError
 from slora_dist.log import say
 from slora_dist.world import World, detect
 
+ALONE = World(0, 1, 0, 1, None, "alone")
 DOCTOR_SECONDS = 120.0  # a rank that is silent for so long in the self-test is lost
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about its own inside, nothing a user can mend
     rank = 0
     try:
-        world = detect(os.environ)
+        world = detect(os.environ) if options.run in (_train, _doctor) else ALONE  # the others serve in a batch script's shell, too
         rank = world.rank
         code: int = options.run(options, world)
         return code
