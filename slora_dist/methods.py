@@ -7,7 +7,7 @@ Legend: N coordinates, O/I out/in features, R rank.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +135,11 @@ def add_to_base(classifier: Classifier, change: Mapping[str, Tensor]) -> None:
     for name, update in change.items():
         parameter = classifier.net.get_parameter(parameter_name(name, classifier.net))
         parameter.add_(update.to(parameter.device))
+
+
+def base_weights(classifier: Classifier, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return base parameters as they are now, by the names that they have without adapters."""
+    return {name: classifier.net.get_parameter(parameter_name(name, classifier.net)).detach().clone() for name in names}
 
 
 def base_name(name: str) -> str:

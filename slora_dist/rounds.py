@@ -76,7 +76,7 @@ class Session:
         self.net = classifier.net.to(device)
         self.pad = int(federation.tokenizer.pad_token_id or 0)
         self.phases = config.method.resolved()
-        self.base_change: dict[str, Tensor] = {}
+        self.base: dict[str, Tensor] = {}  # rank 0: the base weights that folds have changed, as they are now
         self.switch: dict[str, Any] | None = None
         self.score: Score | None = None
         self.test: Encoded | None = None
@@ -107,7 +107,7 @@ class Session:
         assert stage.server
         stage.coordinates.write(self.net, stage.reference_N)
         offset_N = stage.server.offset_N
-        return Result(stage.phase, self.classifier, stage.coordinates, offset_N, bool(self.base_change), self.federation.tokenizer)
+        return Result(stage.phase, self.classifier, stage.coordinates, offset_N, bool(self.base), self.federation.tokenizer)
 
     @property
     def rounds(self) -> int:
@@ -177,19 +177,20 @@ class Session:
         change = methods.base_change(stage.phase, before, factors, head_parameters(self.classifier))
         methods.add_to_base(self.classifier, change)
         if self.is_root:
-            self.base_change = {name: self.base_change.get(name, 0) + update for name, update in change.items()}
-            self.folder.save_base(self.base_change, stage.at)
+            self.base |= methods.base_weights(self.classifier, change)
+            self.folder.save_base(self.base, stage.at)
 
     def _restore_base(self, number: int, at: int) -> None:
-        """Bring every rank's base to where the folds before the checkpoint have brought it."""
-        shapes = {name: parameter.shape for name, parameter in self.net.named_parameters()}
+        """Bring every rank's base to where the folds before the checkpoint have brought it: weights, since a sum of folds may round."""
         if self.is_root:
-            self.base_change = self.folder.load_base(at)
-        flat = torch.cat([self.base_change.get(name, torch.zeros(shape)).reshape(-1) for name, shape in shapes.items()])
-        wire_B = flat.view(torch.uint8)
+            self.base = self.folder.load_base(max(fold for fold in range(1, at + 1) if methods.keeps(self.phases[fold])))
+        weights = {name: self.base.get(name, parameter.detach()).cpu() for name, parameter in self.net.named_parameters()}
+        wire_B = torch.cat([weight.reshape(-1) for weight in weights.values()]).view(torch.uint8)
         self.comm.broadcast(wire_B, Label(self.where.phase, number + 1, "control", {"base": wire_B.numel()}), clients=1)
-        pieces = torch.split(flat, [shape.numel() for shape in shapes.values()])
-        methods.add_to_base(self.classifier, {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)})
+        pieces = torch.split(wire_B.view(torch.float32), [weight.numel() for weight in weights.values()])
+        with torch.no_grad():
+            for (name, weight), piece in zip(weights.items(), pieces, strict=True):
+                self.net.get_parameter(name).copy_(piece.view(weight.shape))
 
     def _compare_fingerprints(self, stage: Stage, number: int) -> None:
         """Make sure that all ranks mean the same coordinates and start from the same reference."""

@@ -86,18 +86,18 @@ class RunFolder:
         except (OSError, SafetensorError, ValueError) as error:
             raise ConfigError("--resume", f"{folder} cannot be read ({error})", "a run with a complete checkpoint") from None
 
-    def save_base(self, change: Mapping[str, Tensor], phase: int) -> None:
-        """Write what the frozen base has taken over up to the start of phase number ``phase``."""
+    def save_base(self, weights: Mapping[str, Tensor], phase: int) -> None:
+        """Write the weights of the frozen base that phase number ``phase`` and those before it have changed at their start."""
         path = self._base(phase)
         path.parent.mkdir(exist_ok=True)
         draft = path.with_suffix(".part")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in change.items()}, draft)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, draft)
         draft.replace(path)
 
     def load_base(self, phase: int) -> dict[str, Tensor]:
         """Read what ``save_base`` wrote."""
-        change: dict[str, Tensor] = load_file(self._base(phase))
-        return change
+        weights: dict[str, Tensor] = load_file(self._base(phase))
+        return weights
 
     def _base(self, phase: int) -> Path:
         return self.path / "checkpoint" / f"base-{phase}.safetensors"

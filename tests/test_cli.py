@@ -65,6 +65,17 @@ BAD = {
 }
 
 
+@pytest.fixture(autouse=True)
+def stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run that breaks fail its test instead of ending pytest's process; leave signals to pytest."""
+
+    def leave(code: int) -> None:
+        raise AssertionError(f"the program broke with exit code {code}")
+
+    monkeypatch.setattr("slora_dist.comm.alone.leave", leave)
+    monkeypatch.setattr("slora_dist.ending.speak_when_ended", lambda rank, where: None)
+
+
 def answer(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     """(exit code, what stands on stderr)."""
     capfd.readouterr()

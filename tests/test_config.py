@@ -89,7 +89,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("method.phases.0.kind", {"method": {"name": "custom", "phases": [{}]}}, "sparse, dense or lowrank"),
     ("method.phases.1.kind", {"method": {"name": "custom", "phases": [{"kind": "dense"}, {"kind": "sparse"}]}}, "sparse first"),
     ("method.phases.0.rnk", {"method": {"name": "custom", "phases": [{"kind": "lowrank", "rnk": 2}]}}, "alpha, dropout"),
-    ("method.phases.1.density", {"method": {"name": "custom", "phases": [{"kind": "dense"}, {"kind": "sparse", "density": 9}]}}, "equal to 1"),
+    ("method.phases.1.density", {"method": {"name": "custom", "phases": [{"kind": "dense"}, {"kind": "sparse", "density": 9}]}}, "to 1"),
     ("server.momentum", {"server": {"momentum": 1}}, "less than 1"),
     ("comm.collective", {"comm": {"collective": "reduce", "wire": {"values": "bfloat16"}}}, "gather, or float32"),
     ("run.seed", {"run": {"seed": -1}}, "greater than or equal to 0"),

@@ -121,6 +121,7 @@ def test_rendezvous_is_the_one_given() -> None:
 def test_rendezvous_of_an_srun_step_is_made_up() -> None:
     assert rendezvous(SRUN, detect(SRUN)) == ("node2", 23456)
     assert rendezvous(SRUN | {"MASTER_PORT": "1234"}, detect(SRUN)) == ("node2", 1234)
+    assert rendezvous(SRUN | {"MASTER_ADDR": "", "MASTER_PORT": ""}, detect(SRUN)) == ("node2", 23456)
     assert rendezvous(without(SRUN, "SLURM_STEP_NODELIST"), detect(SRUN)) == ("node1", 23456)
 
 

@@ -85,8 +85,7 @@ class TorchComm:
             timeout=NCCL_PATIENCE if on_gpu else timedelta(seconds=self.timeout),
             device_id=self.device if on_gpu else None,
         )
-        if on_gpu:
-            self.barrier()  # nccl's first operation must be one of all ranks, and gather is not
+        self.barrier()  # nccl's first operation must be one of all ranks; and who dies after this fails nobody's connecting
 
     def broadcast(self, wire_B: Tensor) -> None:
         """Overwrite ``wire_B`` by that of rank 0."""

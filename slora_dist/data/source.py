@@ -116,6 +116,7 @@ def _open(path: str, setting: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors comes back as exceptions, and these are told
     path = resolve(path, "data")
     if path == "toy":
         return {split: datasets.Dataset.from_dict(columns) for split, columns in toy().items()}
@@ -154,6 +155,8 @@ def _read(file: Path, setting: str) -> Any:
     try:
         with tempfile.TemporaryDirectory() as cache:  # ranks share no cache, so they need no locks, and none goes stale
             return datasets.load_dataset(builder, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True, **options)
+    except StopIteration:  # what the json reader says to an empty file
+        raise ConfigError(setting, f"{file} holds no documents", "at least one") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(setting, f"{file} cannot be read ({_cause(error)})", f"a sound {file.suffix} file with documents in it") from None
 

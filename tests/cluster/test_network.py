@@ -1,8 +1,5 @@
 """Several machines: the page that users follow, and the ledger against what their interfaces counted."""
 
-import math
-import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -29,7 +26,7 @@ LARGE = (
 WITH_HEADERS = (1.04, 1.10)  # Ethernet, IP and TCP headers make 1.046 at an MTU of 1500; acknowledgements come on top
 
 
-def test_two_machines_run_what_the_page_says(network: Network, shared: Path, environ: Mapping[str, str]) -> None:
+def test_two_machines_run_what_the_page_says(network: Network, shared: Path, environ: dict[str, str]) -> None:
     page = (REPOSITORY / "docs/cluster.md").read_text()
     (command,) = [line for line in page.splitlines() if line.startswith("NODES=2 ")]
     network.run({number: ["bash", "-c", command] for number in (1, 2)}, shared, environ)
@@ -39,20 +36,38 @@ def test_two_machines_run_what_the_page_says(network: Network, shared: Path, env
     until(lambda: not network.processes(), "no process left on any host")
 
 
-@pytest.mark.parametrize("transport", ["gloo", "mpi"])
+# What crosses the interfaces of four hosts in one round, in messages: received by the root, sent by the root, sent by all together.
+# A gather is a star (3, 0, 3) and a broadcast a binomial tree (0, 2, 3); gloo's reduce is a ring (1.5, 0.75, 3.75).
+FACTORS = {
+    ("gloo", "gather"): (3, 2, 6),
+    ("gloo", "reduce"): (1.5, 2.75, 6.75),
+    ("mpi", "gather"): (3, 2, 6),
+    ("mpi", "reduce"): (2, 2, 6),
+}
+
+
+@pytest.mark.parametrize(("transport", "collective"), FACTORS)
 def test_the_ledger_agrees_with_what_the_interfaces_counted(
-    network: Network, shared: Path, environ: Mapping[str, str], transport: str
+    network: Network, shared: Path, environ: dict[str, str], transport: str, collective: str
 ) -> None:
     hosts = range(1, network.hosts + 1)
     before = {number: network.counters(number) for number in hosts}
-    command = ["bash", "-c", f'exec "$@" {" ".join(LARGE)} --out run', "bash"]
+    arguments = [*LARGE, f"comm.collective={collective}", "--out", "run"]
     if transport == "gloo":
         together = environ | {"NODES": "4", "HEAD": "node1"}
-        network.run({number: [*command, "launch/torchrun.sh"] for number in hosts}, shared, together)
+        network.run(dict.fromkeys(hosts, ["launch/torchrun.sh", *arguments]), shared, together)
     else:
-        network.run({1: [*command, "launch/mpirun.sh"]}, shared, environ | _mpich(network, shared))
+        network.run({1: ["launch/mpirun.sh", *arguments]}, shared, environ | _mpich(network, shared))
     counted = {number: {way: value - before[number][way] for way, value in network.counters(number).items()} for number in hosts}
-    print(counted, {op: _moved(shared / "run", op) for op in ("broadcast", "gather")})
+    down, up = _moved(shared / "run", "broadcast"), _moved(shared / "run", collective)
+    messages = down[1]
+    assert messages > 10e6
+    assert all(messages <= up[rank] < 1.01 * messages for rank in range(1, network.hosts)), (messages, up)  # headers, other small talk
+    measured = (counted[1]["rx"], counted[1]["tx"], sum(host["tx"] for host in counted.values()))
+    ratios = [count / (factor * messages) for count, factor in zip(measured, FACTORS[transport, collective], strict=True)]
+    print(transport, collective, [round(ratio, 3) for ratio in ratios])
+    assert all(WITH_HEADERS[0] <= ratio <= WITH_HEADERS[1] for ratio in ratios), ratios
+    assert all(counted[number]["rx"] >= WITH_HEADERS[0] * messages for number in hosts), counted
 
 
 def _moved(run: Path, op: str) -> dict[int, int]:
@@ -68,7 +83,7 @@ def _mpich(network: Network, folder: Path) -> dict[str, str]:
     """Return the variables by which MPICH's mpiexec reaches the hosts: a stand-in for ssh, and TCP instead of the memory they share."""
     stand_in = folder / "ssh"
     stand_in.write_text(
-        '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nhost=${1#node}; shift\n'
+        "#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nhost=${1#node}; shift\n"
         f'exec ip netns exec "{network.prefix}$host" unshare --uts bash -c "hostname node$host; $*"\n'
     )
     stand_in.chmod(0o755)

@@ -82,16 +82,19 @@ class Clock:
 
 
 class Slow(Alone):
-    """A transport that takes one second for every message, after it was made."""
+    """A transport that takes a second before it asks for a message, and another one after."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
         self.clock = clock
 
     def gather(self, messages: Any, senders: Any, nbytes: int | None) -> Iterator[tuple[int, int, Tensor]]:
-        for item in super().gather(messages, senders, nbytes):
+        own = iter(messages)
+        for index in range(len(senders)):
             self.clock.now += 1.0
-            yield item
+            message_b = next(own)
+            self.clock.now += 1.0
+            yield index, 0, message_b
 
 
 def test_time_of_making_and_using_messages_is_not_counted(monkeypatch: Any) -> None:
@@ -106,5 +109,5 @@ def test_time_of_making_and_using_messages_is_not_counted(monkeypatch: Any) -> N
     comm = Metered(Slow(clock), Ledger(0))
     for _ in comm.gather(made(), [0, 0, 0], UP, 100):
         clock.now += 10_000.0
-    assert comm.seconds == 3.0
-    assert [line["seconds"] for line in _lines(comm)] == [3.0]
+    assert comm.seconds == 6.0
+    assert [line["seconds"] for line in _lines(comm)] == [6.0]

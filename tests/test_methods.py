@@ -1,0 +1,237 @@
+"""Phases as choices of coordinates, over five families of models. Legend: N coordinates, O/I out/in features, R rank."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+
+from slora_dist import methods, model
+from slora_dist.config import DensePhase, LowrankPhase, MethodConfig, SparsePhase
+from slora_dist.model import Classifier
+from slora_dist.support import Support
+from tests.families import FAMILIES, build, documents
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+SPARSE, DENSE = SparsePhase(density=0.1), DensePhase()
+LOWRANK = LowrankPhase(rank=3, ranks={}, alpha=6.0)
+SEED = 4
+
+
+def support(phase: methods.AnyPhase, classifier: Classifier, method: MethodConfig | None = None) -> Support:
+    return methods.support(phase, classifier, method or MethodConfig(), SEED)
+
+
+def parameters(net: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+
+def logits(net: nn.Module) -> Tensor:
+    net.eval()
+    net.config.pad_token_id = 0  # type: ignore[union-attr]  # GPT-2 insists on one
+    batch = documents()
+    with torch.no_grad():
+        result: Tensor = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return result
+
+
+def test_names_number_what_comes_again() -> None:
+    kinds = [{"kind": "sparse"}, {"kind": "lowrank"}, {"kind": "dense"}, {"kind": "lowrank"}, {"kind": "lowrank"}]
+    assert methods.names(MethodConfig(name="custom", phases=kinds)) == ("sparse", "lowrank", "dense", "lowrank-2", "lowrank-3")
+    assert methods.names(MethodConfig(name="primed_fft")) == ("dense", "lowrank")
+
+
+@every_family
+def test_a_dense_phase_moves_every_parameter_once(family: str) -> None:
+    classifier = build(family)
+    coordinates = support(DENSE, classifier)
+    assert sorted(slot.name for slot in coordinates.slots) == sorted(name for name, _ in classifier.net.named_parameters())
+    assert coordinates.numel == sum(parameter.numel() for parameter in classifier.net.parameters())
+
+
+@every_family
+def test_a_sparse_phase_moves_its_share_of_every_tensor_and_the_whole_head(family: str) -> None:
+    classifier = build(family)
+    head = set(model.head_parameters(classifier))
+    counts = {slot.name: slot.count for slot in support(SPARSE, classifier).slots}
+    for name, parameter in classifier.net.named_parameters():
+        assert counts.get(name, 0) == (parameter.numel() if name in head else round(0.1 * parameter.numel()))
+
+
+@every_family
+def test_a_sparse_phase_can_keep_to_the_targets(family: str) -> None:
+    classifier, method = build(family), MethodConfig(lowrank=LowrankPhase(rank=2, targets="attention"))
+    masked = {slot.name for slot in support(SparsePhase(scope="targets"), classifier, method).slots if slot.kind == "value"}
+    assert masked == {f"{layer}.weight" for layer in model.ranks(classifier, method.lowrank)}
+
+
+@every_family
+@pytest.mark.parametrize("phase", [SPARSE, DENSE, LOWRANK], ids=lambda phase: phase.kind)
+def test_coordinates_are_exactly_what_trains(family: str, phase: methods.AnyPhase) -> None:
+    classifier = build(family)
+    coordinates = support(phase, classifier)
+    methods.enter(phase, classifier, coordinates)
+    trains = {name: parameter.numel() for name, parameter in classifier.net.named_parameters() if parameter.requires_grad}
+    assert trains == {slot.name: math.prod(slot.shape) for slot in coordinates.slots}
+    if phase.kind == "lowrank":  # whole parameters: their number is the count that peft would print
+        assert coordinates.numel == sum(trains.values())
+
+
+@every_family
+def test_a_shell_gives_the_same_coordinates(family: str) -> None:
+    classifier = build(family)
+    shell = model.shell(methods_config(family), ("art", "sport", "war"))
+    for phase in (SPARSE, DENSE, LOWRANK):
+        assert support(phase, shell).slots == support(phase, classifier).slots
+
+
+def methods_config(family: str) -> model.ModelConfig:
+    return model.ModelConfig(config=FAMILIES[family])
+
+
+def test_masks_follow_seed_and_name_only() -> None:
+    classifier = build("bert")
+    one, same = support(SPARSE, classifier), support(SPARSE, build("bert", seed=9))
+    assert one.slots == same.slots
+    other = methods.support(SPARSE, classifier, MethodConfig(), SEED + 1)
+    twin = [slot for slot in one.slots if slot.name.endswith("query.weight")]
+    assert not torch.equal(twin[0].index, twin[1].index), "layers of one shape have masks of their own"  # type: ignore[arg-type]
+    assert not torch.equal(one.slots[0].index, other.slots[0].index)  # type: ignore[arg-type]
+
+
+@every_family
+def test_adapters_come_and_go_without_a_trace(family: str) -> None:
+    classifier = build(family)
+    before, said = parameters(classifier.net), logits(classifier.net)
+    for phase in (LOWRANK, LowrankPhase(rank=2, targets="attention"), SPARSE):
+        methods.enter(phase, classifier, support(phase, classifier))
+    after = parameters(classifier.net)
+    assert list(after) == list(before) and all(torch.equal(after[name], weights) for name, weights in before.items())
+    assert torch.equal(logits(classifier.net), said)
+    assert not hasattr(classifier.net, "peft_config")
+
+
+@every_family
+def test_lora_alone_starts_where_the_model_is(family: str) -> None:
+    """A random within +-1/sqrt(I), B zero: the forward pass is the base's, and the gradient reaches B."""
+    classifier = build(family)
+    said = logits(classifier.net)
+    coordinates = support(LOWRANK, classifier)
+    methods.enter(LOWRANK, classifier, coordinates)
+    start = methods.begin(LOWRANK, classifier, coordinates, {}, SEED)
+    coordinates.write(classifier.net, coordinates.reference(classifier.net) + start.offset_N)
+    assert torch.equal(logits(classifier.net), said) and start.kept_energy == {} and start.kept_energy_total is None
+    for slot, span in coordinates.spans():
+        entries = start.offset_N[span]
+        if slot.kind == "factor_a":
+            bound = 1 / math.sqrt(slot.shape[1])
+            assert 0.8 * bound < entries.abs().max() <= bound and abs(entries.mean()) < 0.3 * bound
+        else:
+            assert not entries.any()
+    classifier.net(**documents()).loss.backward()
+    assert all(classifier.net.get_parameter(slot.name).grad.any() for slot in coordinates.slots if slot.kind == "factor_b")  # type: ignore[union-attr]
+
+
+def primed(classifier: Classifier, first: methods.AnyPhase) -> tuple[Support, Tensor, dict[str, Tensor]]:
+    """What a first phase could have learned: (coordinates, offset_N, update of each parameter)."""
+    coordinates = support(first, classifier)
+    offset_N = 0.3 * torch.randn(coordinates.numel, generator=torch.Generator().manual_seed(1))
+    return coordinates, offset_N, methods.learned(first, classifier, coordinates, offset_N)
+
+
+def truncated(update_OI: Tensor, rank: int) -> Tensor:
+    u, s, vt = torch.linalg.svd(update_OI.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank] @ vt[:rank]).float()
+
+
+@every_family
+@pytest.mark.parametrize("first", [SPARSE, DENSE], ids=["slora", "primed_fft"])
+@pytest.mark.parametrize("split", ["us", "sqrt"])
+def test_after_the_switch_peft_computes_base_plus_truncated_update(family: str, first: methods.AnyPhase, split: str) -> None:
+    """Alpha is not the rank, so that a scale which is forgotten or divided out twice shows."""
+    phase = LowrankPhase(rank=3, alpha=6.0, split=split)  # type: ignore[arg-type]
+    classifier, merged = build(family), build(family)
+    _, _, delta = primed(classifier, first)
+    coordinates = support(phase, classifier)
+    methods.enter(phase, classifier, coordinates)
+    start = methods.begin(phase, classifier, coordinates, delta, SEED)
+    coordinates.write(classifier.net, coordinates.reference(classifier.net) + start.offset_N)
+
+    layers, head = model.dense_layers(merged), model.head_parameters(merged)
+    with torch.no_grad():
+        for layer in layers:
+            module = merged.net.get_submodule(layer)
+            module.weight.add_(truncated(delta[f"{layer}.weight"], 3))  # type: ignore[operator, union-attr]
+        for name in head:
+            merged.net.get_parameter(name).add_(delta[name])
+    torch.testing.assert_close(logits(classifier.net), logits(merged.net), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits(build(family).net), logits(merged.net), atol=1e-2), "the update is large enough to be seen"
+
+    energy = {layer: float(delta[f"{layer}.weight"].square().sum()) for layer in layers}
+    kept = {layer: float(truncated(delta[f"{layer}.weight"], 3).square().sum()) for layer in layers}
+    assert start.kept_energy == pytest.approx({layer: kept[layer] / energy[layer] for layer in layers}, rel=1e-4)
+    assert start.kept_energy_total == pytest.approx(sum(kept.values()) / sum(energy.values()), rel=1e-4)
+
+
+@every_family
+def test_what_the_factors_stand_for_is_what_peft_merges(family: str) -> None:
+    classifier = build(family)
+    before = parameters(classifier.net)
+    by_layer = model.ranks(classifier, LOWRANK)
+    coordinates = support(LOWRANK, classifier)
+    offset_N = 0.3 * torch.randn(coordinates.numel, generator=torch.Generator().manual_seed(2))
+    learned = methods.learned(LOWRANK, classifier, coordinates, offset_N)
+
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, modules_to_save=["none"], **methods.lora_settings(LOWRANK, by_layer))
+    wrapped = get_peft_model(classifier.net, config)
+    with torch.no_grad():
+        for name, tensor in coordinates.densify(offset_N).items():
+            if "lora_" in name:
+                wrapped.base_model.model.get_parameter(name).copy_(tensor)
+    after = parameters(wrapped.merge_and_unload())
+    for layer in by_layer:
+        torch.testing.assert_close(after[f"{layer}.weight"] - before[f"{layer}.weight"], learned[f"{layer}.weight"], atol=1e-5, rtol=1e-4)
+
+
+def test_each_module_has_its_rank_and_its_scale() -> None:
+    phase = LowrankPhase(rank=2, ranks={"pooler.dense": 5}, alpha=10.0)
+    classifier = build("bert")
+    methods.enter(phase, classifier, support(phase, classifier))
+    layers = {name: classifier.net.get_submodule(name) for name in model.ranks(classifier, phase)}
+    assert layers["bert.pooler.dense"].r["default"] == 5 and layers["bert.pooler.dense"].scaling["default"] == 2.0  # type: ignore[index, union-attr]
+    others = [layer for name, layer in layers.items() if name != "bert.pooler.dense"]
+    assert {(layer.r["default"], layer.scaling["default"]) for layer in others} == {(2, 5.0)}  # type: ignore[index, union-attr]
+
+
+def test_a_shared_layer_is_counted_once_and_adapted_once() -> None:
+    """ALBERT of two and of six layers has the same weights, so the same coordinates."""
+    deep = model.load(model.ModelConfig(config=FAMILIES["albert"] | {"num_hidden_layers": 6}), ("art", "sport", "war"), 0)
+    for phase in (SPARSE, DENSE, LOWRANK):
+        assert support(phase, deep).slots == support(phase, build("albert")).slots
+
+
+@every_family
+@pytest.mark.parametrize(("residual", "remainder"), [("keep", "drop"), ("drop", "keep"), ("keep", "keep")])
+def test_what_is_kept_and_the_factors_add_up_to_the_update(family: str, residual: str, remainder: str) -> None:
+    phase = LowrankPhase(rank=3, alpha=6.0, targets="attention", residual=residual, remainder=remainder)  # type: ignore[arg-type]
+    classifier = build(family)
+    before = parameters(classifier.net)
+    _, _, delta = primed(classifier, DENSE)
+    targets = {f"{layer}.weight" for layer in model.ranks(classifier, phase)}
+    head = model.head_parameters(classifier)
+    coordinates = support(phase, classifier)
+    methods.enter(phase, classifier, coordinates)
+    factors = methods.learned(phase, classifier, coordinates, methods.begin(phase, classifier, coordinates, delta, SEED).offset_N)
+    methods.add_to_base(classifier, methods.base_change(phase, delta, factors, head))
+    methods.remove_adapters(classifier.net)
+    for name, weights in parameters(classifier.net).items():
+        kept = delta[name] if (residual if name in targets else remainder) == "keep" and name not in head else torch.zeros(())
+        if name in targets and residual == "keep":
+            kept = delta[name] - factors[name]
+        torch.testing.assert_close(weights, before[name] + kept, atol=1e-6, rtol=1e-6)
+
+
+def test_which_phases_keep_something() -> None:
+    assert not methods.keeps(SPARSE) and not methods.keeps(LOWRANK)
+    assert methods.keeps(LowrankPhase(residual="keep")) and methods.keeps(LowrankPhase(remainder="keep"))

@@ -1,0 +1,201 @@
+"""Classifiers of five families, built tiny with random weights. Legend: O/I out/in features."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slora_dist import model
+from slora_dist.config import LowrankPhase, ModelConfig
+from slora_dist.data.tokens import word_tokenizer
+from slora_dist.errors import ConfigError
+from slora_dist.model import Classifier
+from tests.families import FAMILIES, NAMES, build
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+# head modules, dense layers by name ending -> (O, I), the layers that hold attention, how many layers there are
+EXPECTED: dict[str, tuple[set[str], dict[str, tuple[int, int]], set[str], int]] = {
+    "bert": (
+        {"classifier"},
+        {"query": (16, 16), "intermediate.dense": (24, 16), "output.dense": (16, 24), "pooler.dense": (16, 16)},
+        {"attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"},
+        2 * 6 + 1,
+    ),
+    "roberta": (
+        {"classifier"},
+        {"query": (16, 16), "intermediate.dense": (24, 16)},
+        {"attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"},
+        2 * 6,
+    ),
+    "albert": (
+        {"classifier"},
+        {"query": (16, 16), "ffn": (24, 16), "ffn_output": (16, 24), "embedding_hidden_mapping_in": (16, 8), "pooler": (16, 16)},
+        {"attention.query", "attention.key", "attention.value", "attention.dense"},
+        6 + 2,  # one layer, whatever the depth
+    ),
+    "distilbert": (
+        {"pre_classifier", "classifier"},
+        {"q_lin": (16, 16), "lin1": (24, 16), "lin2": (16, 24)},
+        {"attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"},
+        2 * 6,
+    ),
+    "gpt2": (
+        {"score"},
+        {"c_attn": (48, 16), "c_fc": (24, 16), "mlp.c_proj": (16, 24)},
+        {"attn.c_attn", "attn.c_proj"},
+        2 * 4,
+    ),
+}
+
+
+def ending(name: str, endings: Any) -> bool:
+    return any(name.endswith(f".{end}") or name == end for end in endings)
+
+
+@every_family
+def test_the_head_is_what_stands_above_the_backbone(family: str) -> None:
+    classifier = build(family)
+    assert set(classifier.head) == EXPECTED[family][0]
+    backbone = {name for name, _ in classifier.net.named_parameters() if name.startswith(f"{classifier.net.base_model_prefix}.")}
+    every = {name for name, _ in classifier.net.named_parameters()}
+    assert set(model.head_parameters(classifier)) == every - backbone and backbone
+
+
+def test_the_head_can_be_named() -> None:
+    classifier = build("distilbert", head=["classifier"])
+    assert model.head_parameters(classifier) == ["classifier.weight", "classifier.bias"]
+    assert "pre_classifier" in model.dense_layers(classifier)
+    with pytest.raises(ConfigError, match=r"^model.head: no module is named 'clasifier'\. Allowed: .*classifier"):
+        build("distilbert", head=["clasifier"])
+
+
+@every_family
+def test_dense_layers_are_those_between_embeddings_and_head(family: str) -> None:
+    head, shapes, _, count = EXPECTED[family]
+    layers = model.dense_layers(build(family))
+    if family == "albert":  # its factorised embedding has a dense layer: part of the embedding
+        shapes, count = {end: shape for end, shape in shapes.items() if "embedding" not in end}, count - 1
+    assert len(layers) == count and not [name for name in layers if name.split(".")[0] in head]
+    for end, shape in shapes.items():
+        assert {layers[name] for name in layers if ending(name, [end]) and "attention.output" not in name} == {shape}
+
+
+@every_family
+def test_only_gpt2_stores_its_weights_transposed(family: str) -> None:
+    classifier = build(family)
+    for layer, shape in model.dense_layers(classifier).items():
+        stored = tuple(classifier.net.get_submodule(layer).weight.shape)
+        assert model.is_transposed(classifier, layer) == (family == "gpt2")
+        assert stored == (shape[::-1] if family == "gpt2" else shape)
+
+
+@every_family
+def test_targets(family: str) -> None:
+    classifier, attention = build(family), EXPECTED[family][2]
+    layers = model.dense_layers(classifier)
+    assert model.ranks(classifier, LowrankPhase(rank=2)) == dict.fromkeys(layers, 2)
+    found = model.ranks(classifier, LowrankPhase(rank=2, targets="attention"))
+    assert list(found) == [name for name in layers if ending(name, attention)] and found
+    one = sorted(attention)[0].split(".")[-1]
+    listed = model.ranks(classifier, LowrankPhase(rank=2, targets=[one]))
+    assert list(listed) == [name for name in layers if name.split(".")[-1] == one]
+
+
+def test_ranks_by_module() -> None:
+    """The paper's setting: another rank for the layer before the classifier."""
+    found = model.ranks(build("bert"), LowrankPhase(rank=3, ranks={"pooler.dense": 5, "query": 2}))
+    assert found["bert.pooler.dense"] == 5 and found["bert.encoder.layer.1.attention.self.query"] == 2
+    assert found["bert.encoder.layer.0.attention.self.key"] == 3
+
+
+@pytest.mark.parametrize(
+    ("phase", "setting", "allowed"),
+    [
+        (LowrankPhase(targets=["query", "quary"]), "method.lowrank.targets", "dense, key, query, value"),
+        (LowrankPhase(rank=2, ranks={"querry": 2}), "method.lowrank.ranks.querry", "query"),
+        (LowrankPhase(rank=2, targets=["query"], ranks={"key": 2}), "method.lowrank.ranks.key", "query"),
+        (LowrankPhase(rank=17), "method.lowrank.rank", "1 to 16"),
+        (LowrankPhase(rank=2, ranks={"key": 99}), "method.lowrank.ranks", "1 to 16"),
+        (LowrankPhase(rank=2, ranks={"key": 0}), "method.lowrank.ranks", "1 to 16"),
+    ],
+)
+def test_targets_and_ranks_that_do_not_fit_are_named(phase: LowrankPhase, setting: str, allowed: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        model.ranks(build("bert"), phase)
+    assert error.value.setting == setting and allowed in error.value.allowed
+
+
+@every_family
+def test_weights_come_from_the_seed_and_a_shell_has_their_shapes(family: str) -> None:
+    one, same, other = build(family, seed=1), build(family, seed=1), build(family, seed=2)
+    shapes = {name: parameter.shape for name, parameter in model.shell(one_config(family), NAMES).net.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in one.net.named_parameters()}
+    assert all(torch.equal(weights, same.net.get_parameter(name)) for name, weights in one.net.named_parameters())
+    assert not all(torch.equal(weights, other.net.get_parameter(name)) for name, weights in one.net.named_parameters())
+
+
+def one_config(family: str) -> ModelConfig:
+    return ModelConfig(config=FAMILIES[family])
+
+
+def test_loading_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    build("bert")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_folder_is_loaded_bit_for_bit_and_only_a_new_head_is_drawn(tmp_path: Path) -> None:
+    saved = build("bert")
+    saved.net.base_model.save_pretrained(tmp_path / "backbone")  # type: ignore[union-attr, operator]
+    loaded, again = (model.load(ModelConfig(name=str(tmp_path / "backbone")), NAMES, seed=5) for _ in range(2))
+    for name, weights in loaded.net.named_parameters():
+        from_saved = torch.equal(weights, saved.net.get_parameter(name))
+        assert from_saved == (name != "classifier.weight") and torch.equal(weights, again.net.get_parameter(name))
+    assert loaded.source == str(tmp_path / "backbone"), "plain transformers can load the base from there"
+
+
+def test_a_backbone_that_lacks_weights_is_no_source(tmp_path: Path) -> None:
+    net = build("bert").net
+    kept = {name: weights for name, weights in net.state_dict().items() if "pooler" not in name}
+    net.save_pretrained(tmp_path / "m", state_dict=kept)  # type: ignore[operator]
+    assert model.load(ModelConfig(name=str(tmp_path / "m")), NAMES, seed=5).source is None
+
+
+@pytest.mark.parametrize(
+    ("config", "setting"),
+    [
+        (ModelConfig(config={"model_type": "brt"}), "model.config"),
+        (ModelConfig(config={"model_type": "vit"}), "model.config"),
+        (ModelConfig(name="/no/such/folder"), "model.name"),
+    ],
+)
+def test_what_is_no_classifier_is_named(config: ModelConfig, setting: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        model.load(config, NAMES, 0)
+    assert error.value.setting == setting and "\n" not in str(error.value)
+
+
+def test_tokenizer_and_model_have_to_fit() -> None:
+    classifier, words = build("bert"), word_tokenizer([" ".join(f"w{at}" for at in range(30))])
+    model.fit(classifier, words, 16)
+    assert classifier.net.config.pad_token_id == words.pad_token_id  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"^data.max_length: 33 tokens for a model of 32\. Allowed: 2 to 32"):
+        model.fit(classifier, words, 33)
+    with pytest.raises(ConfigError, match=r"^model.tokenizer: 104 tokens for a model of 50"):
+        model.fit(classifier, word_tokenizer([" ".join(f"w{at}" for at in range(100))]), 16)
+
+
+@every_family
+def test_every_family_classifies_padded_documents(family: str) -> None:
+    """GPT-2 takes the last token that is no padding: it must know which is."""
+    classifier: Classifier = build(family)
+    model.fit(classifier, word_tokenizer(["a b c"]), 16)
+    ids = torch.tensor([[5, 6, 4, 0, 0], [5, 6, 4, 5, 6]])
+    classifier.net.eval()
+    with torch.no_grad():
+        both = classifier.net(input_ids=ids, attention_mask=(ids != 0).long()).logits
+        alone = classifier.net(input_ids=ids[:1, :3], attention_mask=torch.ones(1, 3).long()).logits
+    assert both.shape == (2, len(NAMES))
+    torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,132 @@
+"""Whole runs: the same bits on any number of ranks, stopped and resumed or not, and bytes that are what was planned."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slora_dist import settings
+from slora_dist.config import PRESETS
+from slora_dist.data.federation import class_names
+from slora_dist.ledger import totals
+from slora_dist.model import shell
+from slora_dist.plan import plan
+from slora_dist.runfolder import RunFolder
+from tests.tiny import ROOT, SHORT, TINY, run, same, tiny
+
+THREE = "[{kind: sparse, rounds: 1}, {kind: lowrank, rounds: 1, residual: keep}, {kind: lowrank, rounds: 2, residual: %s}]"
+RESUMED = {
+    "plain": (),
+    "keep": ("method.lowrank.residual=keep", "method.lowrank.remainder=keep"),
+    "adam": ("server.optimizer=adam", "server.momentum=0.9", "server.lr=0.01", "server.eval_every=0"),
+    "momentum": ("server.momentum=0.5", "server.weighting=examples", "method.name=primed_fft", "comm.wire.values=bfloat16"),
+    "keep twice": ("method.name=custom", f"method.phases={THREE % 'keep'}"),
+    "keep once of two": ("method.name=custom", f"method.phases={THREE % 'drop'}"),
+}
+
+
+def short(*overrides: str) -> tuple[str, ...]:
+    return (*SHORT, "method.dense.rounds=2", *overrides)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_stopped_after_every_round_and_resumed_it_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
+    """One run is stopped and resumed after each of its rounds: in either phase, at the switch and after it."""
+    overrides = short(*RESUMED[name])
+    straight = run(tmp_path / "straight", *overrides)
+    broken = run(tmp_path / "broken", *overrides, stop_after=1)
+    rounds = len(straight.lines("metrics.jsonl"))
+    for last in range(2, rounds + 1):
+        assert len(broken.lines("metrics.jsonl")) == last - 1 and not (broken.path / "summary.json").exists()
+        run(broken.path, resume=True, stop_after=last)
+    assert same(straight, broken)
+    assert straight.summary()["payload_bytes"]["by_phase"] == broken.summary()["payload_bytes"]["by_phase"]
+
+
+def test_a_run_that_died_before_its_pointer_goes_on_from_the_round_before(tmp_path: Path) -> None:
+    """What a death between the lines of a round and its checkpoint leaves is dropped, not counted twice."""
+    straight, broken = run(tmp_path / "straight", *short()), run(tmp_path / "broken", *short(), stop_after=2)
+    line = {**broken.lines("metrics.jsonl")[-1], "round": 3}
+    broken.append("metrics.jsonl", json.dumps(line) + "\n")
+    broken.append("ledger.jsonl", json.dumps({**broken.lines("ledger.jsonl")[-1], "round": 3}) + "\n" + '{"rank": 0, "rou')
+    (broken.path / "checkpoint" / ".round-00003.part").mkdir()
+    run(broken.path, resume=True)
+    assert same(straight, broken)
+    assert straight.summary()["payload_bytes"]["by_phase"] == broken.summary()["payload_bytes"]["by_phase"]
+
+
+def test_a_finished_run_resumed_says_the_same_again(tmp_path: Path) -> None:
+    straight, again = run(tmp_path / "straight", *short()), run(tmp_path / "again", *short())
+    run(again.path, resume=True)
+    assert same(straight, again)
+
+
+WIRES = [(values, indices) for values in ("float32", "bfloat16") for indices in ("implicit", "explicit")]
+
+
+def accounts(*overrides: str) -> dict[str, Any]:
+    config = tiny(*overrides)
+    return plan(config, shell(config.model, class_names(config)), [5.0])
+
+
+def check_bytes(folder: RunFolder, *overrides: str) -> None:
+    planned, summary, counted = accounts(*overrides), folder.summary(), totals(folder.lines("ledger.jsonl"))
+    for told in (summary["payload_bytes"], counted):
+        assert {way: told[way] for way in ("up", "down", "by_phase")} == {
+            way: planned["payload_bytes"][way] for way in ("up", "down", "by_phase")
+        }
+    assert summary["full_finetuning_payload_bytes"] == planned["full_finetuning_payload_bytes"]
+    headers = [line["payload_bytes"] for line in folder.lines("ledger.jsonl") if line["kind"] == "header"]
+    assert sum(headers) == planned["payload_bytes"]["control"]
+
+
+@pytest.mark.parametrize("wire", WIRES, ids="-".join)
+@pytest.mark.parametrize("name", PRESETS)
+def test_planned_bytes_are_the_ledgers(name: str, wire: tuple[str, str], tmp_path: Path) -> None:
+    once = [f"method.{kind}.rounds=1" for kind in ("sparse", "dense", "lowrank")]
+    overrides = short(*once, f"method.name={name}", f"comm.wire.values={wire[0]}", f"comm.wire.indices={wire[1]}", "data.limit=24")
+    check_bytes(run(tmp_path / "run", *overrides), *overrides)
+
+
+@pytest.mark.parametrize("wire", WIRES, ids="-".join)
+def test_what_is_kept_at_the_switch_is_planned_too(wire: tuple[str, str], tmp_path: Path) -> None:
+    overrides = short("method.lowrank.residual=keep", f"comm.wire.values={wire[0]}", f"comm.wire.indices={wire[1]}", "data.limit=24")
+    folder = run(tmp_path / "run", *overrides)
+    check_bytes(folder, *overrides)
+    lowrank = accounts(*overrides)["phases"][1]
+    assert lowrank["handover_bytes"] > 0
+    assert lowrank["payload_bytes"]["down"] == lowrank["payload_bytes"]["up"] + 6 * lowrank["handover_bytes"]
+
+
+def torchrun(size: int, *arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m", "slora_dist", "train"]
+    played = subprocess.run([*command, *arguments], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=240, check=False)
+    assert played.returncode == 0, played.stderr[-4000:]
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_ranks_ends_in_the_bits_of_one(size: int, tiny_run: RunFolder, tmp_path: Path) -> None:
+    torchrun(size, str(TINY), "--out", str(tmp_path / "run"))
+    many = RunFolder(tmp_path / "run")
+    assert same(many, tiny_run)
+    assert many.summary()["world_size"] == size
+    assert many.summary()["payload_bytes"]["by_phase"] == tiny_run.summary()["payload_bytes"]["by_phase"]
+
+
+@pytest.mark.launcher
+def test_resumed_in_another_world_it_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """One rank to the middle of the second phase, with a changed base; three ranks to the end."""
+    overrides = short("method.lowrank.residual=keep", "server.momentum=0.5")
+    straight, broken = run(tmp_path / "straight", *overrides), run(tmp_path / "broken", *overrides, stop_after=3)
+    torchrun(3, "--resume", str(broken.path))
+    assert same(straight, broken)
+    assert {line["rank"] for line in broken.lines("ledger.jsonl")} == {0, 1, 2}
+
+
+def test_settings_that_are_read_back_are_those_of_the_run(tiny_run: RunFolder) -> None:
+    assert tiny_run.config() == settings.load(TINY)

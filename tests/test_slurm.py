@@ -1,0 +1,99 @@
+"""The batch file as text, and as a shell understands it."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from slora_dist.errors import ConfigError
+from slora_dist.slurm import START, TRAIN, TRAIN_AND_REQUEUE, Launcher, Options, sbatch
+
+SCRIPTS = Path(__file__).parents[1] / "slurm"
+
+
+def test_the_whole_file_for_srun() -> None:
+    options = Options(nodes=3, ranks_per_node=2, out="runs/a", partition="gpu", account="me", time="4:00:00", launcher="srun")
+    assert sbatch("configs/tiny.yaml", ["data.limit=64"], options) == (
+        "#!/bin/bash\n"
+        "#SBATCH --job-name=tiny\n"
+        "#SBATCH --output=tiny-%j.out\n"
+        "#SBATCH --nodes=3\n"
+        "#SBATCH --ntasks-per-node=2\n"
+        "#SBATCH --partition=gpu\n"
+        "#SBATCH --account=me\n"
+        "#SBATCH --time=4:00:00\n"
+        "set -euo pipefail\n"
+        "python=python\n"
+        "set -- configs/tiny.yaml data.limit=64 --out runs/a\n"
+        'start=(srun --kill-on-bad-exit=1 "$python")\n'
+        '"${start[@]}" -m slora_dist train "$@"\n'
+    )
+
+
+def run(script: str, folder: Path) -> list[str]:
+    """Run a batch file where srun writes down what it was given, and return that."""
+    (folder / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$@" > given\n')
+    (folder / "scontrol").write_text("#!/bin/bash\necho node1\n")
+    for name in ("srun", "scontrol"):
+        (folder / name).chmod(0o755)
+    environ = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    subprocess.run(["bash", "-c", script], check=True, cwd=folder, env=environ, timeout=20)
+    return (folder / "given").read_text().split("\0")[:-1]
+
+
+@pytest.mark.parametrize("launcher", START)
+@pytest.mark.parametrize("requeue", [False, True])
+def test_every_argument_arrives_as_it_was_given(tmp_path: Path, launcher: Launcher, requeue: bool) -> None:
+    odd = ["data.text=it's $HOME", "model.config={a: 1, b: [2]}", "data.path=`x`\n"]
+    text = sbatch("my configs/a.yaml", odd, Options(nodes=2, out="the run", launcher=launcher, requeue=requeue, python="/a b/python"))
+    given = run(text, tmp_path)
+    mpi = ["comm.backend=mpi"] * (launcher == "mpi")
+    assert given[given.index("slora_dist") - 1 :] == ["-m", "slora_dist", "train", "my configs/a.yaml", *odd, *mpi, "--out", "the run"]
+    assert "/a b/python" in given
+    assert ("#SBATCH --requeue\n" in text) == requeue
+
+
+def test_a_later_life_resumes(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").touch()
+    given = run(sbatch("a.yaml", [], Options(nodes=2, out="run", requeue=True)), tmp_path)
+    assert given[-4:] == ["train", "a.yaml", "--resume", "run"]
+
+
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        (Options(nodes=0, out="run"), "--nodes"),
+        (Options(nodes=1, ranks_per_node=0, out="run"), "--ranks-per-node"),
+        (Options(nodes=1, out="run", partition="a b"), "--partition"),
+        (Options(nodes=1, out="run", account="a\n#SBATCH --x"), "--account"),
+        (Options(nodes=1, out="run", time=""), "--time"),
+    ],
+)
+def test_what_slurm_would_misread_is_refused(options: Options, setting: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sbatch("a.yaml", [], options)
+    assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize(
+    ("script", "ending"),
+    [
+        ("torchrun", START["torchrun"] + TRAIN),
+        ("direct", START["srun"] + TRAIN),
+        ("mpi", START["mpi"] + TRAIN),
+        ("mpirun", TRAIN),
+        ("requeue", START["torchrun"] + TRAIN_AND_REQUEUE),
+    ],
+)
+def test_the_scripts_end_in_the_same_lines(script: str, ending: str) -> None:
+    assert (SCRIPTS / f"{script}.sbatch").read_text().endswith(ending)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
+def test_shellcheck_finds_nothing() -> None:
+    files = [*SCRIPTS.glob("*.sbatch"), *(SCRIPTS.parent / "launch").glob("*.sh")]
+    assert len(files) == 8
+    subprocess.run(["shellcheck", *files], check=True)
