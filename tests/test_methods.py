@@ -232,6 +232,13 @@ def test_what_is_kept_and_the_factors_add_up_to_the_update(family: str, residual
         torch.testing.assert_close(weights, before[name] + kept, atol=1e-6, rtol=1e-6)
 
 
+def test_the_head_is_never_folded_into_the_base() -> None:
+    """It goes on as coordinates; the rounding of a bfloat16 wire must not reach it by another way."""
+    before, after = ({"head": torch.full((2,), value), "query": torch.ones(2)} for value in (1.0, 0.99))
+    change = methods.base_change(LowrankPhase(residual="keep", remainder="keep"), before, after, ["head"])
+    assert list(change) == ["query"]
+
+
 def test_which_phases_keep_something() -> None:
     assert not methods.keeps(SPARSE) and not methods.keeps(LOWRANK)
     assert methods.keeps(LowrankPhase(residual="keep")) and methods.keeps(LowrankPhase(remainder="keep"))

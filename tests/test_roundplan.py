@@ -58,6 +58,11 @@ def test_load_is_balanced(seed: int) -> None:
     assert max(loads) <= 4 / 3 * lower_bound
 
 
+def test_the_largest_client_is_placed_first() -> None:
+    plan = plan_round(config(13, 13), 1, 3, [1] * 12 + [12])
+    assert plan.played_by(1) == [12] and plan.played_by(2) == list(range(12))
+
+
 def test_a_client_with_its_own_file_stays_at_home() -> None:
     settings = config(10, 6)
     assert [home(client, 4) for client in range(7)] == [1, 2, 3, 1, 2, 3, 1] and home(5, 1) == 0

@@ -129,6 +129,14 @@ def test_a_matrix_of_lower_rank_than_asked_for(rank: int) -> None:
     assert factors.kept_energy == pytest.approx(1.0) and bool(factors.a_RI.isfinite().all())
 
 
+def test_singular_values_that_are_all_alike() -> None:
+    """Of an orthogonal matrix any five directions are the best, as long as they are orthogonal."""
+    factors = factor(torch.linalg.qr(random_matrix(SQUARE)).Q, 5)
+    torch.testing.assert_close(factors.a_RI @ factors.a_RI.T, torch.eye(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(factors.b_OR.T @ factors.b_OR, torch.eye(5), atol=1e-5, rtol=0)
+    assert factors.kept_energy == pytest.approx(5 / 60)
+
+
 def test_what_cannot_be_factored_is_refused() -> None:
     for rank in (0, 41):
         with pytest.raises(ValueError, match=f"rank {rank} of a 40 x 90 matrix"):

@@ -81,6 +81,9 @@ def test_wrong_positions_are_refused_wherever_they_are() -> None:
         wire_B[at] ^= 1
         with pytest.raises(RunError, match="positions"):
             wire.decode(wire_B)
+        start = at // 64 * 64
+        with pytest.raises(RunError, match="positions"):
+            wire.decode_chunk(start, wire_B[start : start + 64])
 
 
 @every_wire
