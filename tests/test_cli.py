@@ -156,3 +156,11 @@ def test_silent_on_a_pipe(tmp_path: Path) -> None:
     assert played.stderr == ""
     assert not set("\x1b\r") & set(played.stdout)
     assert "test accuracy" in played.stdout and str(tmp_path / "run" / "adapter") in played.stdout
+
+
+def test_overrides_may_stand_behind_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(TINY), "--out", str(tmp_path / "run"), "method.sparse.density=7"]) == 2
+    assert "method.sparse.density: 7 does not fit" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", str(TINY), "--out", str(tmp_path / "run"), "--densty=7"])
+    assert "unrecognized arguments: --densty=7" in capfd.readouterr().err
