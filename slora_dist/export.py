@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from slora_dist import methods
 from slora_dist.config import LowrankPhase
 from slora_dist.errors import ConfigError
-from slora_dist.model import Classifier, head_parameters, ranks
+from slora_dist.model import Classifier, head_parameters
 from slora_dist.support import Support
 
 ABOUT, DELTA = "slora_dist.json", "delta.safetensors"
@@ -82,13 +82,12 @@ def export(adapter: Path, destination: Path, merge: bool) -> None:
 
 
 def _write_lora(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, Tensor], source: str, folder: Path) -> None:
-    by_layer = ranks(classifier, phase)
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         base_model_name_or_path=source,
         inference_mode=True,
         modules_to_save=list(classifier.head),
-        **methods.lora_settings(phase, by_layer),
+        **methods.lora_settings(phase, classifier),
     )
     head = {name: classifier.net.get_parameter(name).detach().cpu() + delta[name] for name in head_parameters(classifier)}
     classifier.net.name_or_path = source  # type: ignore[assignment]  # peft notes it as the adapter's base

@@ -60,7 +60,7 @@ def enter(phase: AnyPhase, classifier: Classifier, coordinates: Support) -> None
     """Make the network ready for a phase: adapters of an earlier phase leave, those of this one come in, and only its slots train."""
     remove_adapters(classifier.net)
     if isinstance(phase, LowrankPhase):
-        config = LoraConfig(init_lora_weights=False, **lora_settings(phase, ranks(classifier, phase)))
+        config = LoraConfig(init_lora_weights=False, **lora_settings(phase, classifier))
         inject_adapter_in_model(config, classifier.net)
     for parameter in classifier.net.parameters():
         parameter.requires_grad_(False)
@@ -68,9 +68,11 @@ def enter(phase: AnyPhase, classifier: Classifier, coordinates: Support) -> None
         classifier.net.get_parameter(slot.name).requires_grad_(True)
 
 
-def lora_settings(phase: LowrankPhase, by_layer: Mapping[str, int]) -> dict[str, Any]:
-    """Return peft's settings for a phase whose layers have the ranks ``by_layer``."""
+def lora_settings(phase: LowrankPhase, classifier: Classifier) -> dict[str, Any]:
+    """Return peft's settings for a phase on a classifier: exact layer names, their ranks and alphas."""
+    by_layer = ranks(classifier, phase)
     return {
+        "fan_in_fan_out": any(is_transposed(classifier, layer) for layer in by_layer),
         "r": phase.rank,
         "lora_alpha": _alpha(phase, phase.rank),
         "lora_dropout": phase.dropout,

@@ -183,7 +183,7 @@ def test_what_the_factors_stand_for_is_what_peft_merges(family: str) -> None:
     offset_N = 0.3 * torch.randn(coordinates.numel, generator=torch.Generator().manual_seed(2))
     learned = methods.learned(LOWRANK, classifier, coordinates, offset_N)
 
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, modules_to_save=["none"], **methods.lora_settings(LOWRANK, by_layer))
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, modules_to_save=["none"], **methods.lora_settings(LOWRANK, classifier))
     wrapped = get_peft_model(classifier.net, config)
     with torch.no_grad():
         for name, tensor in coordinates.densify(offset_N).items():
