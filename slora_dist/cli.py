@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from slora_dist import settings
 from slora_dist.config import Config
-from slora_dist.ending import Where, speak_when_ended
+from slora_dist.ending import Where, Witness, speak_when_ended
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.log import say
 from slora_dist.world import World, detect
@@ -103,8 +103,17 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace, world: World) -> int:
     config, out = _settings(options)
     where = Where()
-    if world.launcher != "alone":
-        speak_when_ended(world.rank, where)
+    witness = Witness(world.rank, where) if world.launcher != "alone" else None
+    try:
+        return _play(config, out, options, world, where, witness)
+    finally:
+        if witness:
+            witness.dismiss()
+
+
+def _play(config: Config, out: Path, options: argparse.Namespace, world: World, where: Where, witness: Witness | None) -> int:
+    if witness:
+        speak_when_ended(world.rank, where, witness)
     _set_threads(config.run.threads)
     from slora_dist import comm, device  # torch only now: the number of threads is read when it is loaded
 
@@ -119,6 +128,8 @@ def _train(options: argparse.Namespace, world: World) -> int:
         communicator.close()
         raise
     except Exception as error:  # the program ends here, so this is where to say why
+        if witness:
+            witness.dismiss()
         _fail(communicator, f"{where}: {error}", error)
     communicator.close()
     return 0

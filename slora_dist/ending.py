@@ -1,28 +1,62 @@
-"""Where a rank is, and what it says when its launcher ends it: torchrun and srun send SIGTERM to all when one rank has died."""
+"""Where a rank is, and how others learn of its end.
 
+A rank that fails says so itself. One that is killed cannot: a small process that it forked at its start, its witness, says it instead.
+The survivors, which their launcher then ends by SIGTERM, tell what they were doing.
+"""
+
+import mmap
 import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 from slora_dist.log import say
 
 SIGTERM_CODE = 128 + signal.SIGTERM
+PAGE = 256  # bytes of a place in words
 
 
 @dataclass
 class Where:
-    """The place in the run, for messages."""
+    """The place in the run, for messages; with a ``page`` (memory shared with the witness) every change is written there, too."""
 
     phase: str = "start"
     round: int = 0
     operation: str = "preparation"
+    page: mmap.mmap | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        page = self.__dict__.get("page")
+        if page is not None:
+            page[:PAGE] = str(self).encode()[:PAGE].ljust(PAGE)
 
     def __str__(self) -> str:
         return f"phase {self.phase}, round {self.round}, {self.operation}"
 
 
-def speak_when_ended(rank: int, where: Where) -> None:
+class Witness:
+    """A process that outlives this one by a moment, and says where it was if it died without a word."""
+
+    def __init__(self, rank: int, where: Where) -> None:
+        """Fork it. Call this before other threads are started and before memory has grown."""
+        where.page = mmap.mmap(-1, PAGE)
+        reader, self._writer = os.pipe()
+        if os.fork() == 0:
+            _testify(rank, where.page, reader)
+        os.close(reader)
+
+    def dismiss(self) -> None:
+        """Let it go silently: this rank ends in its own words."""
+        with suppress(BrokenPipeError):  # somebody has killed the witness, too
+            os.write(self._writer, b"!")
+
+
+def speak_when_ended(rank: int, where: Where, witness: Witness) -> None:
     """On SIGTERM print one line that says where this rank was, and leave at once; what was finished is in the last checkpoint.
 
     A thread waits for the signal: Python's own handlers do not run while the main thread waits inside a transport.
@@ -32,7 +66,24 @@ def speak_when_ended(rank: int, where: Where) -> None:
 
     def wait() -> None:
         signal.sigwait({signal.SIGTERM})
+        witness.dismiss()
         say(rank, f"ended by SIGTERM in {where}: another rank may have died, or the job's time is up; --resume goes on")
         os._exit(SIGTERM_CODE)
 
     threading.Thread(target=wait, name="ending", daemon=True).start()
+
+
+def _testify(rank: int, page: mmap.mmap, reader: int) -> NoReturn:
+    """Wait for the rank's end: its pipe closes when it is gone, whatever killed it."""
+    os.setsid()  # a signal for the rank's group is not for its witness
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    keep = {2, reader}
+    for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:  # the rank's sockets and pipes must close when it dies
+        if fd not in keep:
+            with suppress(OSError):  # the listing's own is gone already
+                os.close(fd)
+    if not os.read(reader, 1):
+        say(rank, f"died in {page[:PAGE].decode(errors='replace').strip()}: killed, or out of memory?")
+    sys.stderr.flush()
+    os._exit(0)

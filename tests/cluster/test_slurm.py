@@ -79,15 +79,16 @@ def test_an_array_sweeps_four_configurations(slurm: SlurmCluster, shared: Path) 
 def test_the_death_of_a_rank_ends_the_job_and_leaves_nothing_behind(
     slurm: SlurmCluster, shared: Path, script: str, variable: str, named: str, overrides: tuple[str, ...]
 ) -> None:
-    """The launcher names the dead rank, the others say where they were, in a line each."""
+    """One line names the dead rank and what it was doing; the launcher names it, too, and the others say where they were."""
     endless = ("method.sparse.rounds=1000", *overrides)
     number = slurm.submit("--nodes=3", f"slurm/{script}.sbatch", "configs/tiny.yaml", *endless, "--out", "run", cwd=shared)
     until(lambda: len(rounds(shared / "run")) >= 2, "two rounds", 90)
-    (victim,) = [pid for pid in having({"SLURM_JOB_ID": number, variable: "2"}) if is_rank(pid)]
+    victim, _witness = sorted(pid for pid in having({"SLURM_JOB_ID": number, variable: "2"}) if is_rank(pid))
     os.kill(victim, signal.SIGKILL)
     assert slurm.wait(number, 40)["JobState"] == "FAILED"
     log = (shared / f"{number}.out").read_text()
     assert re.search(named, log), log
+    assert re.search(r"^slora-dist \[rank 2\] died in phase sparse, round \d+, \w+", log, re.MULTILINE), log
     assert re.search(r"^slora-dist \[rank [01]\] (failed|ended by SIGTERM) in phase sparse, round \d+, \w+", log, re.MULTILINE), log
     until(lambda: not list(having({"SLURM_JOB_ID": number})), "nothing left of the job", 20)
 
