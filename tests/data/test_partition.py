@@ -58,9 +58,11 @@ def test_small_alpha_is_more_heterogeneous() -> None:
     assert spread(0.1) > 3 * spread(1000.0)
 
 
-def test_pathological_clients_hold_exactly_their_number_of_classes() -> None:
-    for part in split(documents(), config("pathological", classes_per_client=3), 6, seed=0):
-        assert len({at % CLASSES for at in part.tolist()}) == 3
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pathological_clients_hold_the_classes_of_their_shards(shards: int) -> None:
+    parts = split(documents(), config("pathological", shards=shards), 30, seed=0)  # 300 documents, 60 a class: a shard has one class
+    assert all(len({at % CLASSES for at in part.tolist()}) <= shards for part in parts)
+    assert {len(part) for part in parts} == {10} and sum(map(len, parts)) == 300
 
 
 def test_natural_takes_the_largest_and_breaks_ties_by_name() -> None:
@@ -77,8 +79,7 @@ def test_natural_takes_the_largest_and_breaks_ties_by_name() -> None:
     [
         ("iid", {}, documents(3), 4, "clients.count: 4 clients for 3 documents"),
         ("natural", {}, natural(), 6, "clients.count: 6 clients, but the documents name 5"),
-        ("pathological", {"classes_per_client": 6}, documents(), 4, "data.classes_per_client: 6 of 5 classes"),
-        ("pathological", {"classes_per_client": 5}, documents(20), 10, "data.partition: the documents do not suffice"),
+        ("pathological", {"shards": 6}, documents(20), 4, "data.shards: 4 clients x 6 shards for 20 documents"),
         ("dirichlet", {"alpha": 1e-3}, documents(30), 30, "data.partition: the documents do not suffice"),
     ],
 )
