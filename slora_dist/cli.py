@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from slora_dist import settings
 from slora_dist.config import Config
@@ -135,7 +135,7 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
     return 0
 
 
-def _fail(communicator: "Communicator", text: str, error: Exception) -> None:
+def _fail(communicator: "Communicator", text: str, error: Exception) -> NoReturn:
     """Say what broke on this rank and end all ranks: none may wait for one that is gone."""
     say(communicator.rank, f"failed in {text}")
     if not isinstance(error, RunError):
@@ -149,7 +149,7 @@ def _settings(options: argparse.Namespace) -> tuple[Config, Path]:
     if not options.resume:
         if not options.config:
             raise ConfigError("CONFIG.yaml", "missing", "slora-dist train CONFIG.yaml, or slora-dist train --resume RUN")
-        return settings.load(options.config, options.overrides), Path(options.out or Path("runs") / Path(options.config).stem)
+        return settings.load(options.config, options.overrides), Path(_out(options))
     from slora_dist.runfolder import RunFolder
 
     config = RunFolder(options.resume).config()
@@ -159,6 +159,12 @@ def _settings(options: argparse.Namespace) -> tuple[Config, Path]:
         other = settings.load(given[0], given[1:]) if is_file else settings.override(config, given)
         settings.require_equal(config, other)
     return config, Path(options.resume)
+
+
+def _out(options: argparse.Namespace) -> str:
+    """Return the run folder that was asked for, or one named after the config."""
+    out: str = options.out or str(Path("runs") / Path(options.config).stem)
+    return out
 
 
 def _set_threads(threads: int) -> None:
@@ -213,7 +219,7 @@ def _fetch(options: argparse.Namespace, world: World) -> int:
     from slora_dist.data.fetch import fetch
 
     for name in options.names:
-        print(f"{name}: {fetch(name)}", file=sys.stdout)
+        print(f"{name}: {fetch(name)}")
     return 0
 
 
@@ -222,7 +228,6 @@ def _slurm(options: argparse.Namespace, world: World) -> int:
 
     settings.load(options.config, options.overrides)  # better now than when the job's turn has come
     wanted = {field.name: getattr(options, field.name) for field in fields(slurm.Options) if field.name not in ("out", "python")}
-    out = options.out or str(Path("runs") / Path(options.config).stem)
-    text = slurm.sbatch(options.config, options.overrides, slurm.Options(**wanted, out=out, python=sys.executable))
+    text = slurm.sbatch(options.config, options.overrides, slurm.Options(**wanted, out=_out(options), python=sys.executable))
     print(text if options.dry_run else slurm.submit(text), end="")
     return 0

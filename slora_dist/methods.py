@@ -86,11 +86,11 @@ def begin(phase: AnyPhase, classifier: Classifier, coordinates: Support, delta: 
     """Return where a phase begins, given what was learned so far (``delta``: {parameter: update}; empty at the start of a run)."""
     if not isinstance(phase, LowrankPhase):
         return Start(_carry(coordinates, delta))
-    factors, results = {}, {}
+    layers, factors, results = dense_layers(classifier), {}, {}
     for layer, rank in ranks(classifier, phase).items():
         update = delta.get(f"{layer}.weight")
         if update is None:
-            factors[layer] = _random_factors(dense_layers(classifier)[layer], rank, derive(seed, "lora_A", layer))
+            factors[layer] = _random_factors(layers[layer], rank, derive(seed, "lora_A", layer))
         else:
             update_OI = update.T if is_transposed(classifier, layer) else update
             results[layer] = factor(update_OI, rank, _alpha(phase, rank) / rank, phase.split)

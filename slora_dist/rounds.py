@@ -79,7 +79,7 @@ class Session:
         self.base: dict[str, Tensor] = {}  # rank 0: the base weights that folds have changed, as they are now
         self.switch: dict[str, Any] | None = None
         self.score: Score | None = None
-        self.test: Encoded | None = None
+        self.test: Encoded | None = None  # rank 0: the held-out documents
         self._last: Stage | None = None
 
     def play(self, resumed: Checkpoint | None, stop_after: int | None) -> Iterator[dict[str, Any]]:
@@ -277,10 +277,8 @@ class Session:
 
     def _evaluate(self, stage: Stage) -> Score:
         """Score the global model on the held-out documents, which only rank 0 reads."""
-        assert stage.server
+        assert stage.server and self.test is not None
         self.where.operation = "evaluate"
-        if self.test is None:
-            self.test = self.federation.test()
         stage.coordinates.write(self.net, stage.reference_N + stage.server.offset_N.to(self.device))
         return evaluate(self.net, self.test, self.pad)
 
