@@ -147,11 +147,15 @@ class SparsePhase(Phase):
     """Fine-tuning of a fixed random share of the weights (SLoRA stage 1, SFT)."""
 
     kind: Literal["sparse"] = "sparse"
+    mask: Literal["random", "rows", "columns", "product"] = Field(
+        "random",
+        description="Which entries of a matrix: single ones (the paper), whole rows or columns, or the crossings of sqrt(density) of both. Vectors: single ones.",
+    )
     density: Real = Field(
         0.1,
         gt=0,
         le=1,
-        description="Share of every masked tensor that trains, above 0 and up to 1: exactly round(density x numel) entries.",
+        description="Share of every masked tensor that trains, above 0 and up to 1: exactly round(density x numel) entries, or the nearest whole rows and columns.",
     )
     scope: Literal["all", "targets"] = Field(
         "all", description="What the mask covers: all backbone weights, or only the matrices that `method.lowrank.targets` names."

@@ -4,10 +4,16 @@ A mask comes from an integer hash that is written down here, not from a library'
 across versions and devices.
 """
 
+from collections.abc import Sequence
+from math import prod, sqrt
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+Pattern = Literal["random", "rows", "columns", "product"]
 
 
 def _splitmix64(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -20,6 +26,23 @@ def _splitmix64(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def kept(numel: int, density: float) -> int:
     """Return how many of ``numel`` entries a mask of ``density`` keeps: exactly round(density x numel)."""
     return round(density * numel)
+
+
+def grid(shape: Sequence[int], density: float, pattern: Pattern) -> tuple[int, int] | None:
+    """Return how many rows and columns of a matrix a structured mask keeps; None where single entries are drawn.
+
+    ``rows`` and ``columns`` keep whole ones, a ``product`` mask every crossing of sqrt(density) of each, in the matrix's own proportion.
+    Vectors have no structure to keep: their entries are drawn one by one under every pattern.
+    """
+    if pattern == "random" or len(shape) != 2:
+        return None
+    rows, columns = shape
+    if pattern == "rows":
+        return max(1, round(density * rows)), columns
+    if pattern == "columns":
+        return rows, max(1, round(density * columns))
+    some = max(1, round(sqrt(density) * rows))
+    return some, min(columns, max(1, round(density * prod(shape) / some)))
 
 
 def random_mask(numel: int, count: int, seed: int) -> Tensor:

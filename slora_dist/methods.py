@@ -15,7 +15,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from slora_dist import masks
 from slora_dist.config import DensePhase, LowrankPhase, MethodConfig, SparsePhase
 from slora_dist.model import Classifier, dense_layers, head_parameters, is_transposed, ranks
 from slora_dist.seeding import derive
@@ -52,8 +51,8 @@ def support(phase: AnyPhase, classifier: Classifier, method: MethodConfig, seed:
         return Support(slots + [Slot.whole(name, shapes[name], "value") for name in backbone])
     if phase.scope == "targets":
         backbone = [f"{layer}.weight" for layer in ranks(classifier, method.lowrank)]
-    masked = [(name, shapes[name], masks.kept(math.prod(shapes[name]), phase.density)) for name in backbone]
-    return Support(slots + [Slot(name, shape, "value", count, derive(seed, "mask", name)) for name, shape, count in masked])
+    masked = (Slot.masked(name, shapes[name], phase.density, phase.mask, derive(seed, "mask", name)) for name in backbone)
+    return Support([*slots, *masked])
 
 
 def enter(phase: AnyPhase, classifier: Classifier, coordinates: Support) -> None:

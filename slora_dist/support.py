@@ -17,7 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from slora_dist.masks import random_mask
+from slora_dist import masks
+from slora_dist.masks import Pattern
+from slora_dist.seeding import derive
 
 Kind = Literal["value", "factor_a", "factor_b", "head"]
 KINDS: tuple[Kind, ...] = ("value", "factor_a", "factor_b", "head")
@@ -25,23 +27,47 @@ KINDS: tuple[Kind, ...] = ("value", "factor_a", "factor_b", "head")
 
 @dataclass(frozen=True)
 class Slot:
-    """The trainable entries of one parameter: all of them, or the ``count`` that a mask drawn from ``mask_seed`` keeps."""
+    """The trainable entries of one parameter: all of them, or the ``count`` that a mask drawn from ``mask_seed`` keeps.
+
+    With ``grid`` = (rows, columns) the mask keeps every crossing of as many rows and columns of a matrix, else single entries.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
     count: int
     mask_seed: int | None = None
+    grid: tuple[int, int] | None = None
 
     @staticmethod
     def whole(name: str, shape: Sequence[int], kind: Kind) -> "Slot":
         """Return the slot of an entire parameter."""
         return Slot(name, tuple(shape), kind, prod(shape))
 
+    @staticmethod
+    def masked(name: str, shape: Sequence[int], density: float, pattern: Pattern, seed: int) -> "Slot":
+        """Return the slot of the entries that a mask keeps: exactly round(density x numel), or the nearest whole rows and columns."""
+        cells = masks.grid(shape, density, pattern)
+        return Slot(name, tuple(shape), "value", prod(cells) if cells else masks.kept(prod(shape), density), seed, cells)
+
+    @cached_property
+    def axes(self) -> tuple[Tensor, Tensor] | None:
+        """Row and column numbers (int64, ascending) whose crossings a structured mask keeps; None without structure."""
+        if self.mask_seed is None or self.grid is None:
+            return None
+        sides = zip(("rows", "columns"), self.shape, self.grid, strict=True)
+        rows_r, columns_c = (masks.random_mask(length, count, derive(self.mask_seed, side)) for side, length, count in sides)
+        return rows_r, columns_c
+
     @cached_property
     def index(self) -> Tensor | None:
         """Flat positions of the kept entries, ascending; None when all are kept."""
-        return None if self.mask_seed is None else random_mask(prod(self.shape), self.count, self.mask_seed)
+        if self.mask_seed is None:
+            return None
+        if self.axes is None:
+            return masks.random_mask(prod(self.shape), self.count, self.mask_seed)
+        rows_r, columns_c = self.axes
+        return (rows_r[:, None] * self.shape[1] + columns_c).reshape(-1)
 
     def take(self, dense: Tensor) -> Tensor:
         """Return the kept entries of ``dense`` (the parameter, or its gradient) as a flat vector."""

@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
-from slora_dist.masks import kept, random_mask
+from slora_dist.masks import grid, kept, random_mask
 
 
 @pytest.mark.parametrize(("numel", "count"), [(10, 0), (10, 1), (10, 10), (1000, 100), (65537, 6554)])
@@ -41,3 +41,19 @@ def test_seeds_differ() -> None:
     """Two masks of density d share d of their entries, no more: neighbouring seeds are as good as distant ones."""
     one, other = (set(random_mask(100_000, 10_000, seed).tolist()) for seed in (1, 2))
     assert abs(len(one & other) - 1000) < 150
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (30522, 384), (7, 300)])
+def test_structure_keeps_the_density(shape: tuple[int, int], density: float) -> None:
+    """To within one row or column of the smaller choice."""
+    for pattern in ("rows", "columns", "product"):
+        rows, columns = grid(shape, density, pattern)
+        assert 1 <= rows <= shape[0] and 1 <= columns <= shape[1]
+        assert abs(rows * columns - density * shape[0] * shape[1]) <= max(rows, columns)
+    rows, columns = grid(shape, density, "product")
+    assert shape[0] < 100 or rows / shape[0] == pytest.approx(columns / shape[1], rel=0.1)
+
+
+def test_what_has_no_structure() -> None:
+    assert grid((40,), 0.1, "product") is None and grid((40, 30), 0.1, "random") is None

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slora_dist.masks import Pattern
 from slora_dist.support import KINDS, Slot, Support
 
 SLOTS = (
@@ -86,3 +87,14 @@ def test_fingerprints_tell_whatever_two_ranks_could_differ_in(net: nn.Module) ->
         Support([Slot("0.other", (4, 5), "value", 7, mask_seed=11), *SLOTS[2:3], SLOTS[0]]),
     ]
     assert len({base, support.fingerprint(nudged_N), *(other.fingerprint(reference_N) for other in others)}) == 5
+
+
+@pytest.mark.parametrize("pattern", ["rows", "columns", "product"])
+def test_a_structured_slot_keeps_the_crossings_of_its_axes(pattern: Pattern) -> None:
+    slot = Slot.masked("0.weight", (40, 50), 0.04, pattern, 5)
+    assert slot.axes is not None and slot.index is not None and slot.count == slot.index.numel()
+    rows_r, columns_c = slot.axes
+    mask = torch.zeros(40, 50)
+    mask[rows_r[:, None], columns_c] = 1
+    assert torch.equal(slot.index, mask.reshape(-1).nonzero().squeeze(1)), "ascending, and nothing else"
+    assert not torch.equal(slot.index, Slot.masked("0.weight", (40, 50), 0.04, pattern, 6).index)
