@@ -1,73 +1,11 @@
 """The settings of a run: typed sections, each setting documented once, here. ``settings.py`` reads them from YAML."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from slora_dist.errors import ConfigError
-
-
-def _number(value: object) -> object:
-    """PyYAML reads ``1e-3`` as a string (YAML 1.1 wants ``1.0e-3``): read it as the number that everybody means."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-Real = Annotated[float, BeforeValidator(_number)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A group of settings: unknown names are errors, values are not changed after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def explain(error: ValidationError, root: type[Section], prefix: str = "") -> ConfigError:
-    """Turn the first of pydantic's findings into the one message that a user reads."""
-    first = error.errors(include_url=False)[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):
-        return cause
-    if first["type"] == "extra_forbidden":
-        typed = [str(part) for part in first["loc"]]
-        return ConfigError(prefix + ".".join(typed), "unknown setting", ", ".join(_names(root, typed[:-1])))
-    parts = [str(part) for part in first["loc"]]
-    location = [part for part in parts if part != "int" and (part.isidentifier() or part.isdigit())]  # unions add the types they tried
-    name = prefix + ".".join(location)
-    if first["type"] == "missing":
-        return ConfigError(name, "missing", _meaning(root, location))
-    return ConfigError(name, f"{first['input']!r} does not fit", f"{_lower(first['msg'])} ({_meaning(root, location)})")
-
-
-def _lower(message: str) -> str:
-    return message.removeprefix("Input should be ").removeprefix("Value error, ")
-
-
-def _section(root: type[Section], location: Sequence[str]) -> type[Section]:
-    for part in location:
-        field = root.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, Section)):
-            break
-        root = inner
-    return root
-
-
-def _names(root: type[Section], location: Sequence[str]) -> list[str]:
-    return sorted(name for name in _section(root, location).model_fields if name != "kind")
-
-
-def _meaning(root: type[Section], location: Sequence[str]) -> str:
-    section = _section(root, location)
-    field = next((section.model_fields[part] for part in reversed(location) if part in section.model_fields), None)
-    return (field.description or (section.__doc__ or "").strip()).rstrip(".") if field else (section.__doc__ or "").strip().rstrip(".")
+from slora_dist.section import NonNegative, Positive, Real, Section, explain
 
 
 class ModelConfig(Section):
@@ -266,9 +204,12 @@ class ServerConfig(Section):
 class WireConfig(Section):
     """How numbers become bytes."""
 
-    values: Literal["float32", "bfloat16"] = Field("float32", description="Number format of values and factors.")
-    indices: Literal["implicit", "explicit"] = Field(
-        "implicit", description="Masked positions: derived from the seed on every rank, or sent as int32 before the values."
+    values: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="Number format of values and factors; `int8` comes with a float32 scale for each block of 128."
+    )
+    indices: Literal["implicit", "gap", "gap+zstd", "int32"] = Field(
+        "implicit",
+        description="Masked positions: derived from the seed on every rank, or sent before the values as gaps in bytes, as such gaps through zstandard, or as int32.",
     )
 
 
@@ -285,6 +226,38 @@ class CommConfig(Section):
     )
     timeout: Positive = Field(
         1800.0, description="Seconds that a rank waits for another inside one operation; must cover a client's training."
+    )
+
+
+class LinkConfig(Section):
+    """One class of clients' links."""
+
+    up_mbit: Positive | None = Field(None, description="Mbit/s from a client to the network, headers included. Empty: no limit.")
+    down_mbit: Positive | None = Field(None, description="Mbit/s from the network to a client, headers included. Empty: no limit.")
+    latency_ms: NonNegative = Field(0.0, description="Milliseconds of latency, one way.")
+    jitter_ms: NonNegative = Field(0.0, description="Standard deviation of the latency, drawn anew for every message.")
+
+
+class SharedLinkConfig(LinkConfig):
+    """One class of links, and how many clients have it."""
+
+    share: Positive = Field(1.0, description="Share of the clients that have such a link, against the other classes' shares.")
+
+
+class NetworkConfig(LinkConfig):
+    """The links of clients, emulated: what the run would cost in time on them. Bytes and bits do not change."""
+
+    mode: Literal["off", "virtual", "sleep"] = Field(
+        "off",
+        description="`virtual` computes each round's seconds on these links and sleeps nowhere; `sleep` delays the real messages, one client a rank.",
+    )
+    classes: dict[str, SharedLinkConfig] = Field(
+        {}, description="Several kinds of links in place of one: `{phone: {share: 3, up_mbit: 5, down_mbit: 20, latency_ms: 40}, ...}`."
+    )
+    server_mbit: Positive | None = Field(None, description="Mbit/s of the server's own link, each way. Empty: no limit.")
+    routing: Literal["direct", "collective"] = Field(
+        "direct",
+        description="`direct`: the server sends every client its own copy (phones); `collective`: ranks behind alike links pass copies on (clusters).",
     )
 
 
@@ -305,12 +278,17 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     server: ServerConfig = ServerConfig()
     comm: CommConfig = CommConfig()
+    network: NetworkConfig = NetworkConfig()
     run: RunConfig = RunConfig()
 
     @property
     def sampled(self) -> int:
         """K, the clients of a round."""
         return self.clients.per_round or self.clients.count
+
+    def steps(self, documents: int) -> int:
+        """Return the local optimiser steps in a round of a client with as many documents."""
+        return self.clients.steps or self.clients.epochs * -(-documents // self.clients.batch_size)
 
     @property
     def client_files(self) -> bool:

@@ -22,22 +22,28 @@ import torch
 import torch.distributed as dist
 
 from slora_dist.agreement import gather_bytes
+from slora_dist.calibrate import rehearse
 from slora_dist.comm.base import Communicator
 from slora_dist.comm.metered import Metered
+from slora_dist.config import Config
 from slora_dist.ledger import Label, Ledger
 from slora_dist.world import World
 
 LIBRARIES = ("slora_dist", "torch", "transformers", "peft", "datasets", "flwr-datasets", "mpi4py", "numpy", "scipy")
 SIZES = (64, 64 << 10, 1 << 20, 16 << 20)
 REPEATS = 5
+PATIENCE = 6.0  # seconds of one call: enough for 16 MiB on all but the slowest links
 Row = dict[str, Any]
 
 
-def examine(comm: Communicator, world: World, environ: Mapping[str, str], device: torch.device) -> dict[str, Any] | None:
-    """Return all findings on rank 0, None elsewhere; every rank must call it."""
+def examine(
+    comm: Communicator, world: World, environ: Mapping[str, str], device: torch.device, config: Config | None = None
+) -> dict[str, Any] | None:
+    """Return all findings on rank 0, None elsewhere; every rank must call it. With a ``config`` its local work is measured too."""
     about = {"rank": comm.rank, "host": socket.gethostname(), "address": _own_address(environ), "device": str(device), "cores": _cores()}
     label = Label("doctor", 0, "control", {"about": 0})
     ranks = [json.loads(text) for text in gather_bytes(Metered(comm, Ledger(comm.rank)), json.dumps(about).encode(), label).values()]
+    rehearsed = rehearse(config, comm, device) if config else None
     verbs = [row for name, call in _verbs(comm).items() for row in _measure(comm, name, call)]
     if comm.rank:
         return None
@@ -50,7 +56,7 @@ def examine(comm: Communicator, world: World, environ: Mapping[str, str], device
         "gpus": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
         "ranks": ranks,
         "verbs": verbs,
-    }
+    } | (rehearsed or {})
     return found | {"advice": advise(found, environ)}
 
 
@@ -92,8 +98,8 @@ def _verbs(comm: Communicator) -> dict[str, Callable[[torch.Tensor], None]]:
 
 
 def _measure(comm: Communicator, name: str, call: Callable[[torch.Tensor], None]) -> list[Row]:
-    """Time one verb at every size: the median from a barrier on rank 0 until all ranks are through."""
-    rows = []
+    """Time one verb at every size within ``PATIENCE``: the median from a barrier on rank 0 until all ranks are through."""
+    rows: list[Row] = []
     for size in SIZES:
         wire_B = torch.zeros(size, dtype=torch.uint8)
         seconds = []
@@ -105,7 +111,16 @@ def _measure(comm: Communicator, name: str, call: Callable[[torch.Tensor], None]
             seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds[1:])
         rows.append({"verb": name, "bytes": size, "seconds": median, "mbyte_per_second": size / median / 1e6})
+        if _too_slow(comm, median):
+            break
     return rows
+
+
+def _too_slow(comm: Communicator, seconds: float) -> bool:
+    """Whether the next size would take too long, as rank 0 has measured: all ranks must stop at the same one."""
+    verdict_B = torch.tensor([seconds * SIZES[-1] / SIZES[-2] > PATIENCE], dtype=torch.uint8)
+    comm.broadcast(verdict_B)
+    return bool(verdict_B)
 
 
 def _versions() -> dict[str, str | None]:

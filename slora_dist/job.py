@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from math import inf
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ from slora_dist import export, methods, model, show
 from slora_dist.agreement import agree
 from slora_dist.comm.base import Communicator
 from slora_dist.comm.metered import Metered
+from slora_dist.comm.shaped import Shaped
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
 from slora_dist.ending import Where
 from slora_dist.errors import ConfigError
 from slora_dist.ledger import Ledger
+from slora_dist.network import Network, check_network
 from slora_dist.roundplan import check_world, home
 from slora_dist.rounds import Session
 from slora_dist.runfolder import Checkpoint, RunFolder
@@ -27,38 +30,45 @@ class Job:
     def __init__(self, config: Config, comm: Communicator, out: Path, device: torch.device, where: Where | None = None) -> None:
         self.where = where or Where()
         self.config, self.folder, self.device = config, RunFolder(out), device
-        self.comm = Metered(comm, Ledger(comm.rank))
-        self.session: Session | None = None
+        self.shaped = Shaped(comm, config.network.routing, config.network.server_mbit or inf) if config.network.mode == "sleep" else None
+        self.comm = Metered(self.shaped or comm, Ledger(comm.rank))
         self.checkpoint: Checkpoint | None = None
 
     def run(self, resume: bool, stop_after: int | None) -> None:
         """Play the run to its end, or to round ``stop_after``. Raises ``ConfigError`` on all ranks alike, before any training."""
-        problem: ConfigError | None = None
+        session = self.prepare(resume)
+        done = self.checkpoint.values["round"] if self.checkpoint else 0
+        with show.Progress(session.rounds, done) if session.is_root else nullcontext() as progress:
+            for record in session.play(self.checkpoint, stop_after):
+                if progress:
+                    progress.advance(record)
+        if session.is_root:
+            self._leave_results(session)
+
+    def prepare(self, resume: bool) -> Session:
+        """Return the session once all ranks are ready for it; raises the first rank's ``ConfigError`` on all of them."""
+        session, problem = None, None
         try:
-            self.session = self._prepare(resume)
+            session = self._prepare(resume)
         except ConfigError as error:
             problem = error
         agree(self.comm, problem)
-        assert self.session
-        done = self.checkpoint.values["round"] if self.checkpoint else 0
-        with show.Progress(self.session.rounds, done) if self.session.is_root else nullcontext() as progress:
-            for record in self.session.play(self.checkpoint, stop_after):
-                if progress:
-                    progress.advance(record)
-        if self.session.is_root:
-            self._leave_results(self.session)
+        assert session
+        return session
 
     def _prepare(self, resume: bool) -> Session:
         """Find out now all that could go wrong later: settings against model, data, world and folder."""
         rank, size = self.comm.rank, self.comm.size
         check_world(self.config, size)
+        check_network(self.config, size)
         federation = Federation(self.config, model.tokenizer(self.config.model))
         federation.open(_at_home(self.config, rank, size))
         classifier = model.load(self.config.model, federation.names, self.config.run.seed)
         model.fit(classifier, federation.tokenizer, self.config.data.max_length)
         for phase in self.config.method.resolved():
             methods.support(phase, classifier, self.config.method, self.config.run.seed)
-        session = Session(self.config, self.comm, classifier, federation, self.folder, self.device, self.where)
+        network = Network(self.config, self.shaped)
+        session = Session(self.config, self.comm, classifier, federation, self.folder, self.device, self.where, network)
         if session.is_root:
             session.test = federation.test()
             self._open_folder(resume)

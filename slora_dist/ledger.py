@@ -5,12 +5,12 @@ whatever the number of ranks. ``transport_bytes`` is what this rank handed to th
 one copy of a broadcast for a rank that plays several clients. Headers, fingerprints and the like have the direction ``control``.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Direction = Literal["up", "down", "control"]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,53 +24,81 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One collective on one rank: ``kind`` joins the kinds in the message, ``bytes_by_kind`` splits the payload, seconds are wall time."""
+class Timing:
+    """When a collective began on this rank (its own monotonic clock) and the seconds it spent inside the transport.
 
-    rank: int
-    round: int
-    phase: str
+    Of a gather also the moments from which ``settle`` tells waiting from moving: on a sender the instants at which its messages were
+    ready, on rank 0 for each message the instant of its arrival and the seconds spent outside the transport by then, and who sent it.
+    """
+
+    began: float
+    seconds: float
+    ready: Sequence[float] = ()
+    arrived: Sequence[tuple[float, float]] = ()
+    senders: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One collective on one rank, not yet compared with the other ranks."""
+
+    label: Label
     op: str
-    direction: Direction
-    kind: str
-    payload_bytes: int
-    bytes_by_kind: dict[str, int]
     clients: int
     transport_bytes: int
-    seconds: float
+    timing: Timing
 
 
+@dataclass
 class Ledger:
-    """The lines that this rank has not handed over yet."""
+    """The entries that this rank has not handed over yet."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self._lines: list[Line] = []
+    rank: int
+    entries: list[Entry] = field(default_factory=list)
 
-    def add(self, label: Label, op: str, clients: int, transport_bytes: int, seconds: float) -> None:
+    def add(self, label: Label, op: str, clients: int, transport_bytes: int, timing: Timing) -> None:
         """Note one collective in which this rank played ``clients`` clients."""
-        by_kind = {kind: count * clients for kind, count in label.by_kind.items()}
-        kind, payload = "+".join(label.by_kind), sum(by_kind.values())
-        where = (self.rank, label.round, label.phase, op, label.direction)
-        self._lines.append(Line(*where, kind, payload, by_kind, clients, transport_bytes, round(seconds, 6)))
+        self.entries.append(Entry(label, op, clients, transport_bytes, timing))
 
-    def take(self) -> str:
-        """Return the lines since the last call as JSONL, and forget them."""
-        text = "".join(json.dumps(asdict(line)) + "\n" for line in self._lines)
-        self._lines.clear()
-        return text
+    def take(self) -> list[Entry]:
+        """Return the entries since the last call, and forget them."""
+        entries, self.entries = self.entries, []
+        return entries
 
 
-def totals(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def line(rank: int, entry: Entry, began: float, wait: float) -> Row:
+    """Return the line of the ledger for an entry: ``kind`` joins the kinds in the message, ``bytes_by_kind`` splits the payload.
+
+    ``began`` is Unix time on rank 0's clock; ``wait`` is the part of ``seconds`` before the slowest rank that contributes was ready.
+    """
+    by_kind = {kind: count * entry.clients for kind, count in entry.label.by_kind.items()}
+    return {
+        "rank": rank,
+        "round": entry.label.round,
+        "phase": entry.label.phase,
+        "op": entry.op,
+        "direction": entry.label.direction,
+        "kind": "+".join(entry.label.by_kind),
+        "payload_bytes": sum(by_kind.values()),
+        "bytes_by_kind": by_kind,
+        "clients": entry.clients,
+        "transport_bytes": entry.transport_bytes,
+        "began": round(began, 6),
+        "seconds": round(entry.timing.seconds, 6),
+        "wait_seconds": round(wait, 6),
+    }
+
+
+def totals(lines: Iterable[Row]) -> Row:
     """Sum the payload of ledger lines: ``{up, down, control, by_phase: {phase: {up, down}}, by_kind: {direction: {kind: bytes}}}``."""
-    sums: dict[str, Any] = {"up": 0, "down": 0, "control": 0, "by_phase": {}, "by_kind": {"up": {}, "down": {}}}
-    for line in lines:
-        direction = line["direction"]
-        sums[direction] += line["payload_bytes"]
+    sums: Row = {"up": 0, "down": 0, "control": 0, "by_phase": {}, "by_kind": {"up": {}, "down": {}}}
+    for entry in lines:
+        direction = entry["direction"]
+        sums[direction] += entry["payload_bytes"]
         if direction != "control":
-            phase = sums["by_phase"].setdefault(line["phase"], {"up": 0, "down": 0})
-            phase[direction] += line["payload_bytes"]
+            phase = sums["by_phase"].setdefault(entry["phase"], {"up": 0, "down": 0})
+            phase[direction] += entry["payload_bytes"]
             kinds = sums["by_kind"][direction]
-            for kind, count in line["bytes_by_kind"].items():
+            for kind, count in entry["bytes_by_kind"].items():
                 kinds[kind] = kinds.get(kind, 0) + count
     return sums

@@ -23,7 +23,7 @@ def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[
     parameters = sum(parameter.numel() for parameter in classifier.net.parameters())
     for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
         coordinates = methods.support(phase, classifier, config.method, config.run.seed)
-        wire = _wire(config, coordinates)
+        wire = codec(config, coordinates)
         handover = wire.nbytes + previous.nbytes if previous and methods.keeps(phase) else 0
         phases.append(_phase(config, name, phase.rounds, coordinates, wire, handover) | {"density": coordinates.numel / parameters})
         previous = wire
@@ -47,11 +47,12 @@ def full_finetuning(config: Config, classifier: Classifier) -> dict[Direction, i
     """Return the payload of full fine-tuning in the same rounds with the same clients and number format."""
     coordinates = methods.support(DensePhase(), classifier, config.method, config.run.seed)
     rounds = sum(phase.rounds for phase in config.method.resolved())
-    nbytes = _wire(config, coordinates).nbytes * config.sampled * rounds
+    nbytes = codec(config, coordinates).nbytes * config.sampled * rounds
     return {"up": nbytes, "down": nbytes}
 
 
-def _wire(config: Config, coordinates: Support) -> Wire:
+def codec(config: Config, coordinates: Support) -> Wire:
+    """Return the codec that a run with these settings uses for a support."""
     return Wire(coordinates, config.comm.wire.values, config.comm.wire.indices)
 
 

@@ -6,7 +6,6 @@ means is known from where in the program it is sent.
 Legend: N coordinates, n a stretch of them, B bytes.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from slora_dist import methods, upload
 from slora_dist.aggregate import Server
 from slora_dist.agreement import gather_bytes, tell
 from slora_dist.client import Recipe, train
+from slora_dist.clock import synchronize
 from slora_dist.comm.metered import Metered
 from slora_dist.config import Config, LowrankPhase
 from slora_dist.data.federation import Federation
@@ -27,14 +27,16 @@ from slora_dist.ending import Where
 from slora_dist.errors import RunError
 from slora_dist.evaluate import Score, evaluate
 from slora_dist.export import Result
-from slora_dist.ledger import Direction, Label, totals
+from slora_dist.journal import Journal, settle
+from slora_dist.ledger import Direction, Label, Row, totals
 from slora_dist.model import Classifier, head_parameters
+from slora_dist.network import Network
 from slora_dist.roundplan import RoundPlan, home, plan_round
 from slora_dist.runfolder import Checkpoint, RunFolder
 from slora_dist.seeding import derive
 from slora_dist.support import Support
 from slora_dist.upload import Received, Upload
-from slora_dist.wire import Header, Wire
+from slora_dist.wire import HEADER_BYTES, Header, Wire
 
 
 @dataclass
@@ -68,11 +70,14 @@ class Session:
         folder: RunFolder,
         device: torch.device,
         where: Where,
+        network: Network,
     ) -> None:
         self.config, self.comm, self.classifier, self.federation, self.folder = config, comm, classifier, federation, folder
         self.is_root = comm.rank == 0
-        self.where = where
-        self.device = device
+        self.where, self.journal = where, Journal(comm.ledger)
+        self.clocks: dict[int, float] = {}  # rank 0: what each rank's monotonic clock lacks to Unix time
+        self.clock_error = 0.0  # seconds by which they may be wrong
+        self.device, self.network = device, network
         self.net = classifier.net.to(device)
         self.pad = int(federation.tokenizer.pad_token_id or 0)
         self.phases = config.method.resolved()
@@ -85,6 +90,7 @@ class Session:
     def play(self, resumed: Checkpoint | None, stop_after: int | None) -> Iterator[dict[str, Any]]:
         """Play all rounds that are left after the checkpoint ``resumed`` (rank 0's), or up to round ``stop_after``."""
         position = [resumed.values["phase"], resumed.values["round"]] if resumed else [0, 0]
+        self.clocks, self.clock_error = synchronize(self.comm)
         at, done = tell(self.comm, position, Label("start", position[1] + 1, "control", {"position": 16}))
         stage = self._restore(at, done, resumed) if done else self._open(0, None)
         while True:
@@ -134,7 +140,7 @@ class Session:
 
     def _open(self, at: int, previous: Stage | None) -> Stage:
         """Begin phase ``at``: take over what ``previous`` learned, and put the base back to the weights that all ranks know."""
-        self.where.operation = "switch"
+        self.where.operation, began = "switch", time.perf_counter()
         learned: dict[str, Tensor] = {}
         if previous:
             if previous.server:
@@ -151,6 +157,8 @@ class Session:
             before, after = self.score, self._evaluate(stage)
             assert before
             self.switch = _switch(before, after, start.kept_energy, start.kept_energy_total)
+        if previous:
+            self.journal.note("switch", stage.name, stage.first, began, time.perf_counter() - began)
         return stage
 
     def _restore(self, at: int, number: int, resumed: Checkpoint | None) -> Stage:
@@ -205,6 +213,7 @@ class Session:
         """Play one round: broadcast, local training, upload, server step, evaluation, checkpoint."""
         began, self.where.round, self.comm.seconds = time.perf_counter(), number, 0.0
         plan = plan_round(self.config, number, self.comm.size, self.federation.sizes)
+        self.network.begin(plan, number)
         self.where.operation = "broadcast"
         clients = len(plan.played_by(self.comm.rank))
         offset_N = self._send_down(stage.wire, stage.server, stage.label(number, "down"), clients)
@@ -213,14 +222,17 @@ class Session:
         record: dict[str, Any] = {"round": number, "phase": stage.name}
         if received:
             record |= self._judge(stage, number, received)
+            nbytes = (stage.wire.nbytes, HEADER_BYTES + stage.wire.nbytes)
+            record["network"] = self.network.seconds(plan, number, nbytes, [one.seconds for one in received.headers], received.seconds)
         self.where.operation = "ledger"
-        lines = gather_bytes(self.comm, self.comm.ledger.take().encode(), stage.label(number, "control", {"ledger": 0}))
+        notes = gather_bytes(self.comm, self.journal.take(number), stage.label(number, "control", {"ledger": 0}))
         if self.is_root:
-            ledger = b"".join(lines.values()).decode()
-            record["seconds"] |= {"communicate": self.comm.seconds, "total": time.perf_counter() - began}
-            moved = totals(json.loads(line) for line in ledger.splitlines())
+            settled = settle(notes, self.clocks)
+            lines = [line for line in settled["ledger"] if line["round"] == number]
+            moved, waited = totals(lines), sum(line["wait_seconds"] for line in lines if line["rank"] == 0)
             record["payload_bytes"] = {way: moved[way] for way in ("up", "down")}
-            self._save(stage, record, ledger)
+            record["seconds"] |= {"communicate": self.comm.seconds, "wait": waited, "total": time.perf_counter() - began}
+            self._save(stage, record, settled)
         return record
 
     def _send_down(self, wire: Wire, server: Server | None, label: Label, clients: int) -> Tensor:
@@ -237,7 +249,9 @@ class Session:
         updates = self._updates(stage, number, plan.played_by(self.comm.rank), start_N)
         received = (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
         if received and stage.server:
+            began = time.perf_counter() - received.seconds  # buckets were added as they came: here they stand together, at the end
             stage.server.step(received.mean_N)
+            self.journal.note("aggregate", stage.name, number, began, time.perf_counter() - began)
         return received
 
     def _updates(self, stage: Stage, number: int, clients: list[int], start_N: Tensor) -> Iterator[tuple[Header, Tensor]]:
@@ -247,7 +261,9 @@ class Session:
         for client in clients:
             self.where.operation = f"training of client {client}"
             seed = derive(self.config.run.seed, "client", number, client)
-            update = train(self.net, stage.coordinates, start_N, self.federation.client(client), recipe, seed)
+            documents = self.federation.client(client)
+            with self.journal.span("train", stage.name, number, client):
+                update = train(self.net, stage.coordinates, start_N, documents, recipe, seed)
             self.where.operation = "upload"
             header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, stage.wire.nbytes)
             yield header, update.delta_N
@@ -258,13 +274,16 @@ class Session:
         every, last = self.config.server.eval_every, stage.first + stage.phase.rounds - 1
         began = time.perf_counter()
         score = self._evaluate(stage) if number == last or (every and number % every == 0) else None
-        self.score = score or self.score
+        evaluating = time.perf_counter() - began
+        if score:
+            self.score = score
+            self.journal.note("evaluate", stage.name, number, began, evaluating)
         examples = sum(header.num_examples for header in headers)
         seconds = {
             "aggregate": received.seconds,
             "train": sum(header.seconds for header in headers),
             "slowest_client": max(header.seconds for header in headers),
-            "evaluate": time.perf_counter() - began,
+            "evaluate": evaluating,
         }
         return {
             "train_loss": sum(header.loss * header.num_examples for header in headers) / examples,
@@ -282,15 +301,16 @@ class Session:
         stage.coordinates.write(self.net, stage.reference_N + stage.server.offset_N.to(self.device))
         return evaluate(self.net, self.test, self.pad)
 
-    def _save(self, stage: Stage, record: dict[str, Any], ledger: str) -> None:
+    def _save(self, stage: Stage, record: dict[str, Any], settled: Mapping[str, list[Row]]) -> None:
         """Note the round, then make it the last good state."""
         assert stage.server
         self.where.operation = "checkpoint"
-        self.folder.append("ledger.jsonl", ledger)
-        self.folder.append("metrics.jsonl", json.dumps(record) + "\n")
-        score = {"accuracy": self.score.accuracy, "loss": self.score.loss} if self.score else None
-        values = {"round": record["round"], "phase": stage.at, "switch": self.switch, "score": score}
-        self.folder.save(Checkpoint(stage.server.state(), values))
+        with self.journal.span("checkpoint", stage.name, record["round"]):
+            for name, rows in {**settled, "metrics": [record]}.items():
+                self.folder.append(name, rows)
+            score = {"accuracy": self.score.accuracy, "loss": self.score.loss} if self.score else None
+            values = {"round": record["round"], "phase": stage.at, "switch": self.switch, "score": score}
+            self.folder.save(Checkpoint(stage.server.state(), values))
 
     def _hosted(self) -> int:
         """How many of all clients this rank answers for, where a message goes to all of them and not to a round's sample."""

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from slora_dist.config import Config
 from slora_dist.errors import ConfigError
 from slora_dist.settings import validate
 
+RECORDS = ("metrics", "ledger", "timeline", "counters")  # one line a round, a collective, a span of time, a process and round
 LIBRARIES = ("slora_dist", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
@@ -102,24 +103,24 @@ class RunFolder:
     def _base(self, phase: int) -> Path:
         return self.path / "checkpoint" / f"base-{phase}.safetensors"
 
-    def append(self, name: str, text: str) -> None:
-        """Add lines to ``metrics.jsonl`` or ``ledger.jsonl``."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(text)
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines to one of the ``RECORDS``."""
+        with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Return the lines of a JSONL file; an unfinished last line is left out."""
-        path = self.path / name
+        """Return the lines of one of the ``RECORDS``; an unfinished last line is left out."""
+        path = self.path / f"{name}.jsonl"
         if not path.exists():
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
     def rewind(self, rounds: int) -> None:
         """Drop what was noted after round ``rounds``: those rounds will be played again."""
-        for name in ("metrics.jsonl", "ledger.jsonl"):
-            kept = [line for line in self.lines(name) if line["round"] <= rounds]
-            if (self.path / name).exists():
-                _replace(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+        for path in (self.path / f"{name}.jsonl" for name in RECORDS):
+            if path.exists():
+                kept = [line for line in self.lines(path.stem) if line["round"] <= rounds]
+                _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""

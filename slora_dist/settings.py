@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from slora_dist.config import Config, Phase, Section, SparsePhase, explain
+from slora_dist.config import Config, Phase, SparsePhase
 from slora_dist.errors import ConfigError
+from slora_dist.section import Section, explain
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

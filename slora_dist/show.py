@@ -95,6 +95,8 @@ def plan(plan: dict[str, Any]) -> None:
     console.print(table)
     for rate, minutes in plan["minutes"].items():
         print(f"at {rate} Mbit/s  {minutes:.1f} min on a client's link (full fine-tuning {plan['full_finetuning_minutes'][rate]:.1f} min)")
+    for name, parts in plan.get("seconds", {}).items():
+        print(f"a round of {name}  " + ", ".join(f"{part} {seconds:.3g} s" for part, seconds in parts.items()))
 
 
 def doctor(found: dict[str, Any]) -> None:

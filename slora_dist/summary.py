@@ -11,8 +11,8 @@ from slora_dist.runfolder import RunFolder
 
 def summarize(config: Config, folder: RunFolder, classifier: Classifier, switch: dict[str, Any] | None, world_size: int) -> dict[str, Any]:
     """Return the content of ``summary.json``."""
-    metrics = folder.lines("metrics.jsonl")
-    payload = totals(folder.lines("ledger.jsonl"))
+    metrics = folder.lines("metrics")
+    payload = totals(folder.lines("ledger"))
     rounds = {name: sum(line["phase"] == name for line in metrics) for name in payload["by_phase"]}
     per_client = {
         name: {way: entry[way] / (rounds[name] * config.sampled) for way in ("up", "down")} for name, entry in payload["by_phase"].items()

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import FileStore
 
 from slora_dist.comm.metered import Metered
 from slora_dist.comm.torch_comm import TorchComm
-from slora_dist.ledger import Label, Ledger
+from slora_dist.ledger import Label, Ledger, line
 from tests.ranks import run_ranks
 
 SIZE = 3
@@ -48,9 +48,9 @@ def exchange(rank: int, size: int, folder: str, nbytes: int) -> tuple[dict[str, 
         comm.comm.barrier()
         moved[verb] = seen() - before
         comm.comm.barrier()
-    lines = [json.loads(line) for line in comm.ledger.take().splitlines()]
+    rows = [line(rank, entry, 0.0, 0.0) for entry in comm.ledger.take()]
     comm.comm.close()
-    return {line["op"]: line["payload_bytes"] for line in lines if line["direction"] != "control"}, moved
+    return {row["op"]: row["payload_bytes"] for row in rows if row["direction"] != "control"}, moved
 
 
 def main() -> None:

@@ -54,9 +54,9 @@ def test_settings_do_not_change_after_validation() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the message says is allowed
-    ("metod", {"metod": {}}, "clients, comm, data, method, model, run, server"),
+    ("metod", {"metod": {}}, "clients, comm, data, method, model, network, run, server"),
     ("clients.cuont", {"clients": {"cuont": 3}}, "batch_size, count, epochs"),
-    ("method.sparse.desnity", {"method": {"sparse": {"desnity": 0.1}}}, "density, lr, lr_decay, rounds, scope"),
+    ("method.sparse.desnity", {"method": {"sparse": {"desnity": 0.1}}}, "density, lr, lr_decay, mask, rounds, scope"),
     ("comm.wire.value", {"comm": {"wire": {"value": "float32"}}}, "indices, values"),
     ("data.path", {"data": {}}, "csv, json(l) or parquet file"),
     ("data", {"data": "toy"}, "a valid dictionary"),
@@ -93,6 +93,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("server.momentum", {"server": {"momentum": 1}}, "less than 1"),
     ("comm.collective", {"comm": {"collective": "reduce", "wire": {"values": "bfloat16"}}}, "gather, or float32"),
     ("run.seed", {"run": {"seed": -1}}, "greater than or equal to 0"),
+    ("network.up_mbit", {"network": {"up_mbit": 0}}, "greater than 0"),
+    ("network.classes.phone.latency", {"network": {"classes": {"phone": {"latency": 3}}}}, "latency_ms"),
 ]  # fmt: skip
 
 

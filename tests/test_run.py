@@ -15,7 +15,7 @@ from slora_dist.data.federation import class_names
 from slora_dist.ledger import totals
 from slora_dist.model import shell
 from slora_dist.plan import plan
-from slora_dist.runfolder import RunFolder
+from slora_dist.runfolder import RECORDS, RunFolder
 from tests.tiny import ROOT, SHORT, TINY, run, same, tiny
 
 THREE = "[{kind: sparse, rounds: 1}, {kind: lowrank, rounds: 1, residual: keep}, {kind: lowrank, rounds: 2, residual: %s}]"
@@ -39,9 +39,9 @@ def test_stopped_after_every_round_and_resumed_it_ends_in_the_same_bits(name: st
     overrides = short(*RESUMED[name])
     straight = run(tmp_path / "straight", *overrides)
     broken = run(tmp_path / "broken", *overrides, stop_after=1)
-    rounds = len(straight.lines("metrics.jsonl"))
+    rounds = len(straight.lines("metrics"))
     for last in range(2, rounds + 1):
-        assert len(broken.lines("metrics.jsonl")) == last - 1 and not (broken.path / "summary.json").exists()
+        assert len(broken.lines("metrics")) == last - 1 and not (broken.path / "summary.json").exists()
         run(broken.path, resume=True, stop_after=last)
     assert same(straight, broken)
     assert straight.summary()["payload_bytes"]["by_phase"] == broken.summary()["payload_bytes"]["by_phase"]
@@ -50,9 +50,10 @@ def test_stopped_after_every_round_and_resumed_it_ends_in_the_same_bits(name: st
 def test_a_run_that_died_before_its_pointer_goes_on_from_the_round_before(tmp_path: Path) -> None:
     """What a death between the lines of a round and its checkpoint leaves is dropped, not counted twice."""
     straight, broken = run(tmp_path / "straight", *short()), run(tmp_path / "broken", *short(), stop_after=2)
-    line = {**broken.lines("metrics.jsonl")[-1], "round": 3}
-    broken.append("metrics.jsonl", json.dumps(line) + "\n")
-    broken.append("ledger.jsonl", json.dumps({**broken.lines("ledger.jsonl")[-1], "round": 3}) + "\n" + '{"rank": 0, "rou')
+    for name in RECORDS:
+        broken.append(name, [{**broken.lines(name)[-1], "round": 3}])
+    with (broken.path / "ledger.jsonl").open("a") as file:
+        file.write('{"rank": 0, "rou')
     (broken.path / "checkpoint" / ".round-00003.part").mkdir()
     run(broken.path, resume=True)
     assert same(straight, broken)
@@ -65,7 +66,7 @@ def test_a_finished_run_resumed_says_the_same_again(tmp_path: Path) -> None:
     assert same(straight, again)
 
 
-WIRES = [(values, indices) for values in ("float32", "bfloat16") for indices in ("implicit", "explicit")]
+WIRES = [("float32", "implicit"), ("bfloat16", "int32"), ("float32", "gap"), ("int8", "gap+zstd")]
 
 
 def accounts(*overrides: str) -> dict[str, Any]:
@@ -74,13 +75,13 @@ def accounts(*overrides: str) -> dict[str, Any]:
 
 
 def check_bytes(folder: RunFolder, *overrides: str) -> None:
-    planned, summary, counted = accounts(*overrides), folder.summary(), totals(folder.lines("ledger.jsonl"))
+    planned, summary, counted = accounts(*overrides), folder.summary(), totals(folder.lines("ledger"))
     for told in (summary["payload_bytes"], counted):
         assert {way: told[way] for way in ("up", "down", "by_phase")} == {
             way: planned["payload_bytes"][way] for way in ("up", "down", "by_phase")
         }
     assert summary["full_finetuning_payload_bytes"] == planned["full_finetuning_payload_bytes"]
-    headers = [line["payload_bytes"] for line in folder.lines("ledger.jsonl") if line["kind"] == "header"]
+    headers = [line["payload_bytes"] for line in folder.lines("ledger") if line["kind"] == "header"]
     assert sum(headers) == planned["payload_bytes"]["control"]
 
 
@@ -125,7 +126,7 @@ def test_resumed_in_another_world_it_ends_in_the_same_bits(tmp_path: Path) -> No
     straight, broken = run(tmp_path / "straight", *overrides), run(tmp_path / "broken", *overrides, stop_after=3)
     torchrun(3, "--resume", str(broken.path))
     assert same(straight, broken)
-    assert {line["rank"] for line in broken.lines("ledger.jsonl")} == {0, 1, 2}
+    assert {line["rank"] for line in broken.lines("ledger")} == {0, 1, 2}
 
 
 def test_settings_that_are_read_back_are_those_of_the_run(tiny_run: RunFolder) -> None:

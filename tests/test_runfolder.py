@@ -95,13 +95,14 @@ def test_a_damaged_checkpoint_is_said(folder: RunFolder) -> None:
 
 def test_rewind_drops_what_will_be_played_again(folder: RunFolder) -> None:
     for number in (0, 1, 2, 3):
-        folder.append("metrics.jsonl", f'{{"round": {number}}}\n')
-    folder.append("metrics.jsonl", '{"round": 4, "acc')
-    assert [line["round"] for line in folder.lines("metrics.jsonl")] == [0, 1, 2, 3]
+        folder.append("metrics", [{"round": number}])
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 4, "acc')
+    assert [line["round"] for line in folder.lines("metrics")] == [0, 1, 2, 3]
     folder.rewind(2)
     assert (folder.path / "metrics.jsonl").read_text() == '{"round": 0}\n{"round": 1}\n{"round": 2}\n'
-    folder.append("metrics.jsonl", '{"round": 3}\n')
-    assert [line["round"] for line in folder.lines("metrics.jsonl")] == [0, 1, 2, 3]
+    folder.append("metrics", [{"round": 3}])
+    assert [line["round"] for line in folder.lines("metrics")] == [0, 1, 2, 3]
 
 
 def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:

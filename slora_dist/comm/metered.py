@@ -1,4 +1,4 @@
-"""Counting, wrapped around any communicator: the same verbs with a label, every call a line of the ledger."""
+"""Counting, wrapped around any communicator: the same verbs with a label, every call an entry of the ledger."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from slora_dist.comm.base import Communicator
-from slora_dist.ledger import Label, Ledger
+from slora_dist.ledger import Label, Ledger, Timing
 from slora_dist.wire import HEADER_BYTES
 
 
@@ -23,8 +23,7 @@ class Metered:
         """Fill ``wire_B`` on every rank with rank 0's; ``clients`` of this rank receive it."""
         began = time.perf_counter()
         self.comm.broadcast(wire_B)
-        moved = wire_B.numel() if self.size > 1 else 0
-        self._note(label, "broadcast", clients, moved, time.perf_counter() - began)
+        self._note(label, "broadcast", clients, wire_B.numel() if self.size > 1 else 0, Timing(began, time.perf_counter() - began))
 
     def gather(
         self, messages: Iterable[Tensor], senders: Sequence[int], label: Label, nbytes: int | None, header: bool = False
@@ -35,45 +34,55 @@ class Metered:
         """
         clock = _Clock()
         made = _Made(messages, clock)
+        arrived: dict[int, tuple[float, float]] = {}
         received = 0
         clock.start()
         for item in self.comm.gather(made, senders, nbytes):
             received += item[2].numel() * (senders[item[0]] != self.rank)
             clock.stop()
+            arrived[item[0]] = (clock.now, clock.outside)
             yield item
             clock.start()
         clock.stop()
         moved = received + (made.nbytes if self.rank else 0)
         if nbytes is None:  # sizes are known only now
             label = replace(label, by_kind=dict.fromkeys(label.by_kind, made.nbytes))
-        self._note(label, "gather", 1 if nbytes is None else made.count, moved, clock.seconds)
+        timing = Timing(clock.began, clock.seconds, made.ready, list(arrived.values()), () if self.rank else tuple(senders))
+        self._note(label, "gather", 1 if nbytes is None else made.count, moved, timing)
         if header:
-            self.ledger.add(Label(label.phase, label.round, "control", {"header": HEADER_BYTES}), "gather", made.count, 0, 0.0)
+            control = Label(label.phase, label.round, "control", {"header": HEADER_BYTES})
+            self.ledger.add(control, "gather", made.count, 0, Timing(clock.began, 0.0))
 
     def reduce(self, values: Tensor, label: Label, clients: int) -> None:
         """Sum ``values`` of all ranks to rank 0, in place; this rank's part sums ``clients`` clients."""
         began = time.perf_counter()
         self.comm.reduce(values)
         moved = values.numel() * values.element_size() if self.size > 1 else 0
-        self._note(label, "reduce", clients, moved, time.perf_counter() - began)
+        self._note(label, "reduce", clients, moved, Timing(began, time.perf_counter() - began))
 
-    def _note(self, label: Label, op: str, clients: int, moved: int, seconds: float) -> None:
-        self.seconds += seconds
-        self.ledger.add(label, op, clients, moved, seconds)
+    def _note(self, label: Label, op: str, clients: int, moved: int, timing: Timing) -> None:
+        self.seconds += timing.seconds
+        self.ledger.add(label, op, clients, moved, timing)
 
 
 class _Clock:
-    """Seconds between each start and the stop that follows it."""
+    """Seconds between each start and the stop that follows it, and those outside, since the first start."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._began = 0.0
+        self.began = self.now = time.perf_counter()
+        self._started = self.began
+
+    @property
+    def outside(self) -> float:
+        return self.now - self.began - self.seconds
 
     def start(self) -> None:
-        self._began = time.perf_counter()
+        self._started = time.perf_counter()
 
     def stop(self) -> None:
-        self.seconds += time.perf_counter() - self._began
+        self.now = time.perf_counter()
+        self.seconds += self.now - self._started
 
 
 class _Made:
@@ -82,6 +91,7 @@ class _Made:
     def __init__(self, messages: Iterable[Tensor], clock: _Clock) -> None:
         self._messages, self._clock = iter(messages), clock
         self.count = self.nbytes = 0
+        self.ready: list[float] = []
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -92,6 +102,7 @@ class _Made:
             message_B = next(self._messages)
         finally:
             self._clock.start()
+        self.ready.append(time.perf_counter())
         self.count += 1
         self.nbytes += message_B.numel()
         return message_B

@@ -1,6 +1,5 @@
 """What the ledger says of a collective: payload by client, transport by rank, and only the transport's own time."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from slora_dist.comm import metered
 from slora_dist.comm.alone import Alone
 from slora_dist.comm.metered import Metered
 from slora_dist.comm.torch_comm import TorchComm
-from slora_dist.ledger import Label, Ledger
+from slora_dist.ledger import Label, Ledger, line
 from slora_dist.wire import HEADER_BYTES
 from tests.ranks import run_ranks
 
@@ -23,7 +22,7 @@ SENDERS = [1, 2, 1, 0]
 
 
 def _lines(comm: Metered) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in comm.ledger.take().splitlines()]
+    return [line(comm.rank, entry, 0.0, 0.0) for entry in comm.ledger.take()]
 
 
 def _play(comm: Metered) -> list[dict[str, Any]]:

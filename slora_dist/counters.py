@@ -1,0 +1,114 @@
+"""What the kernel counted: bytes of this process's own TCP connections, and of the interfaces of its host.
+
+The ledger says what was handed to the transport; these figures come from below it, so that each can witness the other. Connections are the
+process's own and do not mix with what others send; interfaces count everything, with the headers of every frame. Linux only: elsewhere,
+and where a file cannot be read, there is nothing to tell.
+"""
+
+import os
+import socket
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+Counts = dict[str, int]
+_TCP_INFO_BYTES = 256
+_ACKED_RECEIVED_SEGMENTS = struct.Struct("=QQII")  # tcpi_bytes_acked, tcpi_bytes_received, tcpi_segs_out, tcpi_segs_in
+_AT = 120  # where they stand in the kernel's struct tcp_info (linux/tcp.h; fields are only ever added behind)
+_NAMES = ("sent_bytes", "received_bytes", "segments_out", "segments_in")
+_INFINIBAND_WORD = 4  # port_rcv_data and port_xmit_data count words of four bytes
+
+
+def connections() -> dict[str, Counts]:
+    """Return {socket: {sent_bytes, received_bytes, segments_out, segments_in}} of every TCP connection that this process has open."""
+    found = {}
+    for descriptor in _descriptors():
+        try:
+            name = str(descriptor.readlink())
+            if name.startswith("socket:"):
+                counts = _connection(int(descriptor.name))
+                if counts:
+                    found[name] = counts
+        except OSError:  # closed meanwhile, or not of a kind that has such counters
+            continue
+    return found
+
+
+def _descriptors() -> list[Path]:
+    try:
+        return list(Path("/proc/self/fd").iterdir())
+    except OSError:
+        return []
+
+
+def _connection(descriptor: int) -> Counts | None:
+    with socket.socket(fileno=os.dup(descriptor)) as twin:
+        if twin.type != socket.SOCK_STREAM or twin.family not in (socket.AF_INET, socket.AF_INET6):
+            return None
+        info = twin.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    if len(info) < _AT + _ACKED_RECEIVED_SEGMENTS.size:
+        return None
+    return dict(zip(_NAMES, _ACKED_RECEIVED_SEGMENTS.unpack_from(info, _AT), strict=True))
+
+
+def interfaces(root: Path = Path("/sys/class/net")) -> dict[str, Counts]:
+    """Return {interface: {rx_bytes, tx_bytes}} of this network namespace."""
+    return {folder.name: _pair(folder / "statistics", "rx_bytes", "tx_bytes", 1) for folder in _folders(root, "*")}
+
+
+def infiniband(root: Path = Path("/sys/class/infiniband")) -> dict[str, Counts]:
+    """Return {device/port: {rx_bytes, tx_bytes}} of this machine's InfiniBand ports."""
+    ports = _folders(root, "*/ports/*")
+    return {
+        f"{port.parts[-3]}/{port.name}": _pair(port / "counters", "port_rcv_data", "port_xmit_data", _INFINIBAND_WORD) for port in ports
+    }
+
+
+def _folders(root: Path, pattern: str) -> list[Path]:
+    return sorted(root.glob(pattern)) if root.is_dir() else []
+
+
+def _pair(folder: Path, received: str, sent: str, unit: int) -> Counts:
+    try:
+        return {name: unit * int((folder / file).read_text()) for name, file in (("rx_bytes", received), ("tx_bytes", sent))}
+    except (OSError, ValueError):
+        return {}
+
+
+class Counters:
+    """Differences of the kernel's counters from one reading to the next."""
+
+    def __init__(self) -> None:
+        self._last = _read()
+
+    def since(self) -> dict[str, dict[str, Counts] | Counts]:
+        """Return what was counted since the last reading: ``{tcp: sums over connections, interfaces: {...}, infiniband: {...}}``."""
+        now, last = _read(), self._last
+        self._last = now
+        moved = {group: {name: _less(counts, last[group].get(name, {})) for name, counts in now[group].items()} for group in now}
+        tcp = {name: sum(counts.get(name, 0) for counts in moved["tcp"].values()) for name in _NAMES}
+        return {"tcp": tcp, "interfaces": moved["interfaces"], "infiniband": moved["infiniband"]}
+
+
+def _read() -> dict[str, dict[str, Counts]]:
+    return {"tcp": connections(), "interfaces": interfaces(), "infiniband": infiniband()}
+
+
+def _less(now: Mapping[str, int], before: Mapping[str, int]) -> Counts:
+    return {name: count - before.get(name, 0) for name, count in now.items()}
+
+
+def place() -> str:
+    """Return a name for the network stack that this process counts in: two processes with the same one see the same interfaces."""
+    try:
+        return f"{machine()}/{Path('/proc/self/ns/net').readlink()}"
+    except OSError:
+        return machine()
+
+
+def machine() -> str:
+    """Return a name for the running system: processes with the same one share its monotonic clock."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()

@@ -1,0 +1,126 @@
+"""What a rank notes of a round, how rank 0 collects it, and how waiting is told from moving once all ranks' clocks are known.
+
+Three files come of it: ``ledger.jsonl`` (collectives), ``timeline.jsonl`` (what a rank did between them) and ``counters.jsonl`` (what the
+kernel counted). A rank's notes travel as JSON.
+"""
+
+import json
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from slora_dist.counters import Counters, place
+from slora_dist.ledger import Entry, Label, Ledger, Row, Timing, line
+
+
+class Journal:
+    """This rank's notes since they were last taken."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._spans: list[Row] = []
+        self._counters = Counters()
+        self._place = place()
+
+    @contextmanager
+    def span(self, what: str, phase: str, number: int, client: int | None = None) -> Iterator[None]:
+        """Note the time that the block takes as ``what`` (train, aggregate, evaluate, switch, checkpoint) of round ``number``."""
+        began = time.perf_counter()
+        yield
+        self.note(what, phase, number, began, time.perf_counter() - began, client)
+
+    def note(self, what: str, phase: str, number: int, began: float, seconds: float, client: int | None = None) -> None:
+        """Note a span that was timed elsewhere; ``began`` is this rank's ``time.perf_counter()``."""
+        self._spans.append({"round": number, "phase": phase, "what": what, "client": client, "began": began, "seconds": seconds})
+
+    def take(self, number: int) -> bytes:
+        """Return the notes since the last call as JSON, and forget them; kernel counters are those of round ``number``."""
+        notes = {
+            "entries": [asdict(entry) for entry in self.ledger.take()],
+            "spans": self._spans,
+            "counters": {"host": socket.gethostname(), "round": number, **self._counters.since()},
+            "place": self._place,
+        }
+        self._spans = []
+        return json.dumps(notes).encode()
+
+
+def settle(notes: Mapping[int, bytes], shifts: Mapping[int, float]) -> dict[str, list[Row]]:
+    """Return the lines of ``ledger``, ``timeline`` and ``counters`` for the notes of all ranks.
+
+    ``shifts[rank]`` is what a rank's monotonic clock lacks to Unix time on rank 0's clock, in seconds.
+    """
+    parsed = {rank: json.loads(text) for rank, text in notes.items()}
+    entries = {rank: [_entry(row) for row in rows["entries"]] for rank, rows in parsed.items()}
+    timeline = [
+        {"rank": rank, **span, "began": round(span["began"] + shifts[rank], 6), "seconds": round(span["seconds"], 6)}
+        for rank, rows in parsed.items()
+        for span in rows["spans"]
+    ]
+    return {"ledger": _lines(entries, shifts), "timeline": timeline, "counters": _counters(parsed)}
+
+
+def _entry(row: Row) -> Entry:
+    return Entry(Label(**row["label"]), row["op"], row["clients"], row["transport_bytes"], Timing(**row["timing"]))
+
+
+def _counters(parsed: Mapping[int, Row]) -> list[Row]:
+    """Keep the interfaces of a host once: all ranks on it have read the same ones."""
+    seen: set[str] = set()
+    rows = []
+    for rank, notes in parsed.items():
+        counters = {"rank": rank, **notes["counters"]}
+        if notes["place"] in seen:
+            counters |= {"interfaces": {}, "infiniband": {}}
+        seen.add(notes["place"])
+        rows.append(counters)
+    return rows
+
+
+def _lines(entries: Mapping[int, Sequence[Entry]], shifts: Mapping[int, float]) -> list[Row]:
+    """Compare the ranks collective by collective: all of them have gone through the same ones in the same order."""
+    waits: dict[int, list[float]] = {rank: [] for rank in entries}
+    for collective in zip(*entries.values(), strict=True):
+        ranks = dict(zip(entries, collective, strict=True))
+        for rank, moved in _moving(ranks, shifts).items():
+            seconds = ranks[rank].timing.seconds
+            waits[rank].append(min(seconds, max(0.0, seconds - moved)))
+    return [
+        line(rank, entry, entry.timing.began + shifts[rank], wait)
+        for rank, own in entries.items()
+        for entry, wait in zip(own, waits[rank], strict=True)
+    ]
+
+
+def _moving(ranks: Mapping[int, Entry], shifts: Mapping[int, float]) -> dict[int, float]:
+    """Return the seconds of one collective on each rank in which data could move, because those who contribute were ready.
+
+    A broadcast needs rank 0, and on rank 0 the last who receives; a reduce everybody. A gather moves message after message: each from the
+    moment at which it was ready and the one before had arrived, until it arrived, without what rank 0 did besides.
+    """
+    if len(ranks) == 1:
+        return {rank: entry.timing.seconds for rank, entry in ranks.items()}
+    root = ranks[0].timing
+    if root.senders:
+        return _gathering(ranks, shifts)
+    began = {rank: entry.timing.began + shifts[rank] for rank, entry in ranks.items()}
+    latest = max(began.values())
+    needed = {rank: began[0] if entry.op == "broadcast" and rank else latest for rank, entry in ranks.items()}
+    return {rank: entry.timing.seconds - max(0.0, needed[rank] - began[rank]) for rank, entry in ranks.items()}
+
+
+def _gathering(ranks: Mapping[int, Entry], shifts: Mapping[int, float]) -> dict[int, float]:
+    root = ranks[0].timing
+    ready = {rank: iter(entry.timing.ready) for rank, entry in ranks.items()}
+    moved = dict.fromkeys(ranks, 0.0)
+    before, outside_before = root.began, 0.0
+    for sender, (arrived, outside) in zip(root.senders, root.arrived, strict=True):
+        made = next(ready[sender]) + shifts[sender] - shifts[0]
+        if sender:
+            seconds = max(0.0, arrived - max(made, before) - (outside - outside_before))
+            moved[0] += seconds
+            moved[sender] += seconds
+        before, outside_before = arrived, outside
+    return moved

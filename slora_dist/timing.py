@@ -1,0 +1,116 @@
+"""What a run will take, from what ``slora-dist doctor CONFIG`` has measured on the ranks that will run it.
+
+The doctor times every verb of the transport at several sizes, and in a rehearsal of a few rounds a local step of every phase, with all
+worker ranks at work, and what rank 0 does besides. On emulated links (``network.mode``) these stand in place of the measured verbs.
+The world is the doctor's: measure under the launcher that the run will have.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slora_dist import methods
+from slora_dist.config import Config
+from slora_dist.errors import ConfigError
+from slora_dist.model import Classifier
+from slora_dist.network import Network
+from slora_dist.plan import codec
+from slora_dist.roundplan import RoundPlan, plan_round
+from slora_dist.wire import HEADER_BYTES
+
+PARTS = ("broadcast", "train", "upload", "server", "control")
+VERBS = ("broadcast", "gather", "reduce")
+NOTES_BYTES = 4096  # about what a rank's notes of a round take
+
+
+def read_machine(path: Path) -> dict[str, Any]:
+    """Read what ``slora-dist doctor CONFIG --out FILE`` wrote. Raises ``ConfigError`` when it is no such file."""
+    try:
+        machine = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("--machine", f"{path} cannot be read ({error.__class__.__name__})", "a file of `slora-dist doctor`") from None
+    if not isinstance(machine, dict) or not {"world", "verbs"} <= set(machine):
+        raise ConfigError("--machine", f"{path} holds no measurements", "a file that `slora-dist doctor --out FILE` wrote")
+    if "phases" not in machine:
+        raise ConfigError("--machine", f"{path} knows no training", "a file that `slora-dist doctor CONFIG.yaml --out FILE` wrote")
+    return machine
+
+
+def predict(config: Config, classifier: Classifier, machine: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the mean seconds of a round of every phase, ``{phase: {broadcast, train, upload, server, control, round}}``.
+
+    ``train`` is the slowest rank's, ``upload`` what the gather takes beyond it, ``control`` the notes of the ranks, ``round`` the sum;
+    evaluation is not in it. The world is the one that was measured. Raises ``ConfigError`` when the file knows no phase of that name.
+    """
+    size, first, seconds = int(machine["world"]["size"]), 1, {}
+    documents = machine["documents"]
+    for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
+        local = machine["phases"].get(name)
+        if local is None:
+            raise ConfigError("--machine", f"knows no phase {name}", f"a file measured with this config ({', '.join(machine['phases'])})")
+        wire = codec(config, methods.support(phase, classifier, config.method, config.run.seed))
+        plans = {number: plan_round(config, number, size, documents) for number in range(first, first + phase.rounds)}
+        exchange = _emulated if config.network.mode != "off" else _measured
+        parts = [
+            exchange(config, machine, plan, number, _trained(config, plan, documents, local), wire.nbytes) for number, plan in plans.items()
+        ]
+        mean = {part: float(np.mean([one.get(part, local.get(f"{part}_seconds", 0.0)) for one in parts])) for part in PARTS}
+        seconds[name] = mean | {"round": sum(mean.values())}
+        first += phase.rounds
+    return seconds
+
+
+def _trained(config: Config, plan: RoundPlan, documents: Sequence[int], local: Mapping[str, float]) -> list[float]:
+    """Return when each client's update is ready, in seconds after the broadcast: a rank trains its clients one after the other."""
+    trained, busy = [], dict.fromkeys(plan.ranks, 0.0)
+    for client, rank in zip(plan.clients, plan.ranks, strict=True):
+        busy[rank] += config.steps(documents[client]) * local["step_seconds"]
+        trained.append(busy[rank])
+    return trained
+
+
+def _measured(
+    config: Config, machine: Mapping[str, Any], plan: RoundPlan, number: int, trained: Sequence[float], nbytes: int
+) -> dict[str, float]:
+    """Return one round's parts on the transport: rank 0 takes the updates in client order as they come."""
+    verbs, last = _Verbs(machine), max(trained)
+    if config.comm.collective == "reduce":
+        arrived = last + verbs.seconds("reduce", nbytes)
+    else:
+        arrived = 0.0
+        for ready in trained:
+            arrived = max(arrived, ready) + verbs.message(nbytes + HEADER_BYTES)
+    control = verbs.seconds("gather", NOTES_BYTES)
+    return {"broadcast": verbs.seconds("broadcast", nbytes), "train": last, "upload": arrived - last, "control": control}
+
+
+def _emulated(
+    config: Config, machine: Mapping[str, Any], plan: RoundPlan, number: int, trained: Sequence[float], nbytes: int
+) -> dict[str, float]:
+    """Return one round's parts on the emulated links."""
+    record = Network(config, None).seconds(plan, number, (nbytes, HEADER_BYTES + nbytes), trained, 0.0)
+    assert record is not None
+    return {"broadcast": record["download"], "train": record["train"], "upload": record["upload"], "control": 0.0}
+
+
+class _Verbs:
+    """Seconds of the transport's verbs in the world that was measured."""
+
+    def __init__(self, machine: Mapping[str, Any]) -> None:
+        self._size = int(machine["world"]["size"])
+        rows = machine["verbs"]
+        self._rows = {verb: sorted((row["bytes"], row["seconds"]) for row in rows if row["verb"] == verb) for verb in VERBS}
+
+    def seconds(self, verb: str, nbytes: int) -> float:
+        """Return the seconds of one call: interpolated between the sizes that were measured, in proportion to the bytes beyond them."""
+        if self._size == 1:
+            return 0.0
+        sizes, times = zip(*self._rows[verb], strict=True)
+        return float(np.interp(nbytes, sizes, times)) if nbytes <= sizes[-1] else float(times[-1] * nbytes / sizes[-1])
+
+    def message(self, nbytes: int) -> float:
+        """Return the seconds of one message of a gather: the doctor's gathers have one from every rank but rank 0."""
+        return self.seconds("gather", nbytes) / max(1, self._size - 1)

@@ -1,0 +1,108 @@
+"""The clock of a plan: closed forms on a machine that this test made up, and a rehearsal that measures a real one."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slora_dist.calibrate import rehearse
+from slora_dist.cli import main
+from slora_dist.comm.alone import Alone
+from slora_dist.data.federation import class_names
+from slora_dist.errors import ConfigError
+from slora_dist.model import Classifier, shell
+from slora_dist.timing import NOTES_BYTES, PARTS, predict, read_machine
+from slora_dist.wire import HEADER_BYTES
+from tests.tiny import TINY, tiny
+
+BYTE = 1e-6  # seconds of a byte in a broadcast; a gather of three messages takes three times as long
+
+
+def machine(size: int = 4, **phases: dict[str, float]) -> dict[str, Any]:
+    rows = [
+        {"verb": verb, "bytes": nbytes, "seconds": 0.5 + factor * nbytes * BYTE}
+        for verb, factor in (("broadcast", 1), ("gather", 3), ("reduce", 2))
+        for nbytes in (0, 10**6)
+    ]
+    return {"world": {"size": size}, "verbs": rows, "documents": [40] * 6, "phases": phases}
+
+
+def fft(*overrides: str) -> tuple[Any, Classifier, int]:
+    config = tiny(
+        "method.name=fft", "method.dense.rounds=3", "clients.per_round=3", "clients.epochs=2", "clients.batch_size=16", *overrides
+    )
+    classifier = shell(config.model, class_names(config))
+    return config, classifier, 4 * sum(parameter.numel() for parameter in classifier.net.parameters())
+
+
+LOCAL = {"step_seconds": 2.0, "server_seconds": 0.25}
+
+
+def test_a_round_is_the_sum_of_its_parts() -> None:
+    config, classifier, nbytes = fft()
+    parts = predict(config, classifier, machine(dense=LOCAL))["dense"]
+    message = 0.5 / 3 + (nbytes + HEADER_BYTES) * BYTE
+    assert parts["broadcast"] == pytest.approx(0.5 + nbytes * BYTE)
+    assert parts["train"] == 2 * 3 * 2.0, "two epochs of three batches"
+    assert parts["upload"] == pytest.approx(3 * message), "all three are ready at the same time and queue"
+    assert parts["control"] == pytest.approx(0.5 + 3 * NOTES_BYTES * BYTE) and parts["server"] == 0.25
+    assert parts["round"] == pytest.approx(sum(parts[part] for part in PARTS))
+
+
+def test_uploads_hide_behind_the_training_of_later_clients() -> None:
+    config, classifier, nbytes = fft()
+    parts = predict(config, classifier, machine(size=2, dense=LOCAL))["dense"]
+    assert parts["train"] == 3 * 12.0, "one rank trains three clients"
+    assert parts["upload"] == pytest.approx(0.5 + 3 * (nbytes + HEADER_BYTES) * BYTE), "only the last is still to come"
+
+
+def test_a_reduce_is_told_as_one() -> None:
+    config, classifier, nbytes = fft("comm.collective=reduce")
+    assert predict(config, classifier, machine(dense=LOCAL))["dense"]["upload"] == pytest.approx(0.5 + 2 * nbytes * BYTE)
+
+
+def test_emulated_links_stand_in_place_of_the_measured_verbs() -> None:
+    config, classifier, nbytes = fft("network.mode=virtual", "network.up_mbit=1", "network.down_mbit=8")
+    parts = predict(config, classifier, machine(dense=LOCAL))["dense"]
+    assert parts["upload"] == pytest.approx(8 * parts["broadcast"], rel=0.01) and parts["broadcast"] > nbytes * BYTE
+
+
+def test_a_world_of_one_moves_nothing() -> None:
+    config, classifier, _ = fft()
+    parts = predict(config, classifier, machine(size=1, dense=LOCAL))["dense"]
+    assert parts["broadcast"] == parts["upload"] == parts["control"] == 0
+
+
+def test_beyond_the_largest_size_time_grows_with_the_bytes() -> None:
+    config, classifier, nbytes = fft()
+    small = machine(dense=LOCAL)
+    small["verbs"] = [row | {"bytes": row["bytes"] // 10**4, "seconds": 1.0} for row in small["verbs"]]
+    assert predict(config, classifier, small)["dense"]["broadcast"] == pytest.approx(nbytes / 100)
+
+
+def test_a_rehearsal_measures_every_phase_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = tiny("clients.epochs=1", "data.limit=80")
+    found = rehearse(config, Alone(), torch.device("cpu"))
+    assert found and list(found["phases"]) == ["sparse", "lowrank"] and sum(found["documents"]) == 80
+    assert all(seconds > 0 for local in found["phases"].values() for seconds in local.values())
+    assert not list(tmp_path.iterdir())
+    told = predict(config, shell(config.model, class_names(config)), found | {"world": {"size": 1}, "verbs": []})
+    assert {name: set(parts) for name, parts in told.items()} == {name: {*PARTS, "round"} for name in found["phases"]}
+
+
+def test_what_is_no_measurement_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"text": "not JSON", "other": "{}", "idle": json.dumps({"world": {"size": 2}, "verbs": []})}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match="--machine") as error:
+            read_machine(tmp_path / name)
+        assert "doctor" in error.value.allowed
+    config, classifier, _ = fft()
+    with pytest.raises(ConfigError, match="knows no phase dense"):
+        predict(config, classifier, machine(sparse=LOCAL))
+    assert main(["plan", str(TINY), "--machine", str(tmp_path / "none")]) == 2
+    assert "--machine" in capsys.readouterr().err
