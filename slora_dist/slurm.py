@@ -81,6 +81,18 @@ def sbatch(config_path: str, overrides: Sequence[str], options: Options) -> str:
     )
 
 
+def array(study: str, cells: int, ranks: int, at_a_time: int, options: Options) -> str:
+    """Return the batch file of an array job whose task I runs cell I of a study; each run stays on one node, ``ranks`` processes of it.
+
+    Raises ``ConfigError`` as ``sbatch`` does.
+    """
+    given = shlex.join(["-m", "slora_dist", "study", study, "--out", options.out])
+    requests = [*_requests(study, options), f"--cpus-per-task={ranks}", f"--array=0-{cells - 1}%{_count('--jobs', at_a_time)}"]
+    lines = "".join(f"#SBATCH {line}\n" for line in requests)
+    start = f'srun --kill-on-bad-exit=1 "$python" {given} --cell "$SLURM_ARRAY_TASK_ID"\n'
+    return f"#!/bin/bash\n{lines}set -euo pipefail\npython={shlex.quote(options.python)}\n{start}"
+
+
 def submit(text: str) -> str:
     """Hand a batch file to SLURM and return its answer. Raises ``ConfigError`` with SLURM's own words when it refuses."""
     try:

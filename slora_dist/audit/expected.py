@@ -1,0 +1,186 @@
+"""The lines that every rank must have noted, worked out from the settings, the plan and who started when: the protocol as a list.
+
+A run has one or more lives: the first begins at round 1, each resumption begins another, maybe on another number of ranks.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from slora_dist.config import Config, LowrankPhase
+from slora_dist.ledger import Row
+from slora_dist.roundplan import RoundPlan, home, plan_round
+from slora_dist.upload import PROBE_BYTES, PROBES
+from slora_dist.wire import HEADER_BYTES
+
+FINGERPRINT_BYTES, WORD_BYTES = 32, 8
+FREE = None  # a number that only the run knows
+Key = tuple[int, int, str, str, str, str]  # round, rank, phase, op, direction, kind
+
+
+@dataclass(frozen=True)
+class Want:
+    """One line of one rank. ``by_kind`` are the bytes of one client; None stands for what the settings do not tell."""
+
+    round: int
+    rank: int
+    phase: str
+    op: str
+    direction: str
+    by_kind: Mapping[str, int | None]
+    clients: int
+    transport: int | None
+    needed: bool = True  # a round's collection of notes is itself noted a round later, or never
+
+    @property
+    def key(self) -> Key:
+        """What the line is, apart from its figures."""
+        return self.round, self.rank, self.phase, self.op, self.direction, "+".join(self.by_kind)
+
+
+def key(line: Row) -> Key:
+    """Return what a line of the ledger says that it is."""
+    return line["round"], line["rank"], line["phase"], line["op"], line["direction"], line["kind"]
+
+
+@dataclass(frozen=True)
+class Life:
+    """The rounds ``first`` to ``last`` as ``size`` ranks played them in one go."""
+
+    first: int
+    last: int
+    size: int
+
+
+class Protocol:
+    """The run as its settings describe it. ``plan`` is ``plan.plan``'s, ``sizes`` the clients' documents where every rank knows them."""
+
+    def __init__(self, config: Config, plan: Mapping[str, Any], sizes: Sequence[int] | None) -> None:
+        self.config, self.plan, self.sizes = config, plan, sizes
+        self.phases: list[Row] = []
+        first = 1
+        for phase, settings in zip(plan["phases"], config.method.resolved(), strict=True):
+            keeps = isinstance(settings, LowrankPhase) and "keep" in (settings.residual, settings.remainder) and first > 1
+            self.phases.append({**phase, "first": first, "folds": keeps, "at": len(self.phases)})
+            first += phase["rounds"]
+        self.rounds = first - 1
+
+    def phase(self, number: int) -> Row:
+        """Return the phase of round ``number``."""
+        return next(phase for phase in reversed(self.phases) if phase["first"] <= number)
+
+    def round_plan(self, number: int, size: int) -> RoundPlan:
+        """Return who plays in round ``number``."""
+        return plan_round(self.config, number, size, self.sizes)
+
+    def lives(self, ledger: Sequence[Row], done: int) -> list[Life]:
+        """Find the lives of a run of ``done`` rounds: every one tells its position and compares fingerprints where it begins."""
+        opening = {(phase["phase"], phase["first"]) for phase in self.phases}
+        starts = {
+            line["round"]
+            for line in ledger
+            if line["phase"] == "start" or (line["kind"] == "fingerprint" and (line["phase"], line["round"]) not in opening)
+        }
+        firsts = sorted({1} | {number for number in starts if 1 < number <= done})
+        lasts = [number - 1 for number in firsts[1:]] + [done]
+        return [Life(first, last, _size(ledger, first, last)) for first, last in zip(firsts, lasts, strict=True) if first <= last]
+
+    def lines(self, life: Life, collective: Callable[[str], str]) -> Iterator[Want]:
+        """Yield the lines of a life from its first round on. ``collective(phase)`` is how its updates were uploaded."""
+        ranks = _Ranks(life.size)
+        yield from self._start(life, ranks)
+        for number in range(life.first, life.last + 1):
+            phase = self.phase(number)
+            if number == phase["first"]:
+                yield from self._open(phase, number, ranks)
+            yield from self._round(phase, number, ranks, collective(phase["phase"]))
+            ends = number == life.last  # the line of a round comes with the next one's notes, and those of a life's last round may be lost
+            yield from ranks.gather(number, phase["phase"], "control", {"ledger": FREE}, [1] * life.size, FREE, needed=not ends)
+
+    def _start(self, life: Life, ranks: "_Ranks") -> Iterator[Want]:
+        for want in ranks.broadcast(life.first, "start", "control", {"position": 2 * WORD_BYTES}, [1] * life.size):
+            yield replace(want, round=1) if want.rank else want  # they are just being told where the run stands
+        if life.first > 1:
+            phase = self.phase(life.first - 1)
+            if any(earlier["folds"] for earlier in self.phases[: phase["at"] + 1]):
+                yield from ranks.broadcast(life.first, "start", "control", {"base": 4 * self.plan["parameters"]}, [1] * life.size)
+            yield from self._enter(phase, life.first, ranks)
+
+    def _open(self, phase: Row, number: int, ranks: "_Ranks") -> Iterator[Want]:
+        yield from self._enter(phase, number, ranks)
+        if phase["folds"]:
+            for by_kind in (self.phases[phase["at"] - 1]["message_bytes"]["by_kind"], phase["message_bytes"]["by_kind"]):
+                yield from ranks.broadcast(number, phase["phase"], "down", by_kind, self._hosted(ranks.size))
+
+    def _enter(self, phase: Row, number: int, ranks: "_Ranks") -> Iterator[Want]:
+        name, size = phase["phase"], ranks.size
+        if self.config.comm.collective == "auto" and size > 1:
+            probe = max(8, min(phase["message_bytes"]["up"], PROBE_BYTES)) // 8 * 8
+            for _ in range(1 + PROBES):
+                yield from ranks.gather(number, name, "control", {"probe": probe}, [0] + [1] * (size - 1), probe)
+                yield from ranks.reduce(number, name, "control", {"probe": probe}, [1] * size, probe)
+            yield from ranks.broadcast(number, name, "control", {"choice": WORD_BYTES}, [1] * size)
+        yield from ranks.gather(number, name, "control", {"fingerprint": FINGERPRINT_BYTES}, [1] * size, FINGERPRINT_BYTES)
+
+    def _round(self, phase: Row, number: int, ranks: "_Ranks", collective: str) -> Iterator[Want]:
+        plan = self.round_plan(number, ranks.size)
+        clients = [len(plan.played_by(rank)) for rank in range(ranks.size)]
+        name, by_kind, nbytes = phase["phase"], phase["message_bytes"]["by_kind"], phase["message_bytes"]["up"]
+        yield from ranks.broadcast(number, name, "down", by_kind, clients)
+        headers = partial(ranks.gather, number, name, "control", {"header": HEADER_BYTES}, clients)
+        if collective == "reduce":
+            yield from ranks.reduce(number, name, "up", by_kind, clients, 4 * phase["trainable"])
+            yield from headers(HEADER_BYTES)
+        else:
+            yield from ranks.gather(number, name, "up", by_kind, clients, HEADER_BYTES + nbytes)
+            yield from headers(0)  # they travelled with the messages
+
+    def _hosted(self, size: int) -> list[int]:
+        homes = Counter(home(client, size) for client in range(self.config.clients.count))
+        return [homes[rank] for rank in range(size)]
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The lines of one collective on all ranks."""
+
+    size: int
+
+    def broadcast(
+        self, number: int, phase: str, direction: str, by_kind: Mapping[str, int | None], clients: Sequence[int]
+    ) -> Iterator[Want]:
+        nbytes = sum(count or 0 for count in by_kind.values())
+        for rank in range(self.size):
+            yield Want(number, rank, phase, "broadcast", direction, by_kind, clients[rank], nbytes if self.size > 1 else 0)
+
+    def reduce(
+        self, number: int, phase: str, direction: str, by_kind: Mapping[str, int | None], clients: Sequence[int], nbytes: int
+    ) -> Iterator[Want]:
+        for rank in range(self.size):
+            yield Want(number, rank, phase, "reduce", direction, by_kind, clients[rank], nbytes if self.size > 1 else 0)
+
+    def gather(
+        self,
+        number: int,
+        phase: str,
+        direction: str,
+        by_kind: Mapping[str, int | None],
+        clients: Sequence[int],
+        nbytes: int | None,
+        needed: bool = True,
+    ) -> Iterator[Want]:
+        for rank in range(self.size):
+            moved = clients[rank] if rank else sum(clients[1:])
+            transport = FREE if nbytes is FREE else moved * nbytes
+            yield Want(number, rank, phase, "gather", direction, by_kind, clients[rank], transport, needed)
+
+
+def _size(ledger: Sequence[Row], first: int, last: int) -> int:
+    """Return the number of ranks in most of the rounds."""
+    most: dict[int, int] = {}
+    for line in ledger:
+        if first <= line["round"] <= last and line["phase"] != "start":
+            most[line["round"]] = max(most.get(line["round"], 0), line["rank"] + 1)
+    return Counter(most.values()).most_common(1)[0][0] if most else 1

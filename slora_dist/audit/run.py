@@ -1,0 +1,34 @@
+"""What an audit reads: a run's files as far as it got, and the plan and the protocol made anew from its settings."""
+
+import json
+
+from slora_dist.audit.expected import Protocol
+from slora_dist.data.federation import Federation, class_names
+from slora_dist.model import shell, tokenizer
+from slora_dist.plan import plan
+from slora_dist.runfolder import RunFolder
+
+WAYS = ("up", "down")
+
+
+class Run:
+    """A run's files, and what they are held against. Raises ``ConfigError`` when the folder, the model or the data cannot be read."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder, self.config = folder, folder.config()
+        self.transport = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))["world"]["transport"]
+        self.classifier = shell(self.config.model, class_names(self.config))
+        self.plan = plan(self.config, self.classifier, [])
+        self.metrics = folder.lines("metrics")
+        self.done = len(self.metrics)
+        self.finished = (folder.path / "summary.json").exists()
+        unwritten = None if self.finished else self.done + 1  # a round without a record: its lines go when the run is resumed
+        self.ledger, self.counters = (
+            [line for line in folder.lines(name) if line["round"] != unwritten] for name in ("ledger", "counters")
+        )
+        self.protocol = Protocol(self.config, self.plan, Federation(self.config, tokenizer(self.config.model)).sizes)
+        self.lives = self.protocol.lives(self.ledger, self.done)
+
+    def size(self, number: int) -> int:
+        """Return the number of ranks that played round ``number``."""
+        return next((life.size for life in self.lives if life.first <= number <= life.last), 1)

@@ -1,0 +1,1 @@
+"""A study: one configuration, varied along axes, once per seed; its runs, its tables, its figures."""

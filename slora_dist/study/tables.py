@@ -1,0 +1,269 @@
+"""A study's tables: each row a combination of labels, its seeds together; the columns of the paper's cost tables, and rounds to targets.
+
+Costs are those of one client that takes part in every round, on a link of the given rate in both directions:
+
+    bytes    what a client sent and received, from the ledger
+    Gbit     8 x bytes / 2^30 (the paper's unit)
+    minutes  8 x bytes / (rate x 10^6) / 60, and rounds x s/round, and the seconds of switches
+    s/round  seconds of one client's local training: mean over the round's clients, median over a phase's rounds
+"""
+
+import csv
+import io
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from slora_dist.config import Config
+from slora_dist.data.federation import class_names
+from slora_dist.errors import ConfigError
+from slora_dist.model import shell
+from slora_dist.plan import plan
+from slora_dist.runfolder import RunFolder
+from slora_dist.study.grid import METHOD, Cell, Study
+
+BEST = (3, 5)  # the paper reports the mean of the best 3 of 5 seeds
+NOTE = """Figures are means over seeds, +- one standard deviation of a sample.
+Costs are those of one client that takes part in every round: Gbit and MB are its messages up and down (2^30 bits, 10^6 bytes), minutes
+are these on a link of so many Mbit/s (10^6 bits), its local training and the switch; s/round is its local training. What a method with
+two phases has twice stands in order. A target is reached in the first evaluated round whose mean accuracy is as high."""
+
+
+class Run:
+    """A finished run as the tables see it; all sequences have an entry for each round, in order."""
+
+    def __init__(self, folder: RunFolder, config: Config) -> None:
+        self.metrics = folder.lines("metrics")
+        self.summary = folder.summary()
+        self.phases = list(dict.fromkeys(line["phase"] for line in self.metrics))
+        self.seconds = {name: self._local_seconds(name, config.sampled) for name in self.phases}
+        by_round = one_client(folder.lines("ledger"))
+        self.bytes = list(accumulate(by_round[line["round"]] for line in self.metrics))
+        switches = [line for line in folder.lines("timeline") if line["what"] == "switch" and line["rank"] == 0]
+        self.switch_seconds = sum(line["seconds"] for line in switches)
+        self.accuracy = [line["accuracy"] for line in self.metrics]
+
+    def _local_seconds(self, phase: str, clients: int) -> float:
+        seconds: list[float] = [line["seconds"]["train"] / clients for line in self.metrics if line["phase"] == phase]
+        return statistics.median(seconds)
+
+    def minutes(self, mbit: float) -> list[float]:
+        """Return the minutes up to the end of each round on links of ``mbit`` Mbit/s."""
+        local = accumulate(self.seconds[line["phase"]] for line in self.metrics)
+        switched = [self.switch_seconds if line["phase"] != self.phases[0] else 0.0 for line in self.metrics]
+        return [
+            (8 * nbytes / (mbit * 1e6) + train + switch) / 60 for nbytes, train, switch in zip(self.bytes, local, switched, strict=True)
+        ]
+
+
+def one_client(ledger: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """Return the bytes of every round that a client of it sent and received: its share of any rank's lines that plays one."""
+    by_rank: dict[tuple[int, int], int] = defaultdict(int)
+    for line in ledger:
+        if line["direction"] != "control" and line["clients"]:
+            by_rank[line["round"], line["rank"]] += line["payload_bytes"] // line["clients"]
+    most: dict[int, int] = defaultdict(int)  # a rank that only hosts clients of a round sees no more than the switch's messages
+    for (number, _), nbytes in by_rank.items():
+        most[number] = max(most[number], nbytes)
+    return most
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row's state after a round: means over its seeds; the least and greatest accuracy beside them."""
+
+    round: int
+    accuracy: float
+    low: float
+    high: float
+    bytes: float
+    minutes: tuple[float, ...]  # at each of the study's rates
+
+
+@dataclass(frozen=True)
+class Row:
+    """The finished runs of one combination of labels."""
+
+    labels: dict[str, str]
+    config: Config
+    runs: list[Run]
+    mbit: tuple[float, ...]
+
+    @property
+    def method(self) -> str:
+        """The label that tells rows of one group apart."""
+        return self.labels.get(METHOD, "all")
+
+    @property
+    def group(self) -> str:
+        """The labels that the row shares with those it is compared to."""
+        return " ".join(label for axis, label in self.labels.items() if axis != METHOD)
+
+    @cached_property
+    def trainable(self) -> list[int]:
+        """Trainable parameters of each phase."""
+        return [phase["trainable"] for phase in plan(self.config, shell(self.config.model, class_names(self.config)), [])["phases"]]
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """The rounds after which every run was evaluated."""
+        columns = [[run.minutes(rate) for run in self.runs] for rate in self.mbit]
+        points = []
+        for at in range(min(len(run.accuracy) for run in self.runs)):
+            scores = [run.accuracy[at] for run in self.runs]
+            if None not in scores:
+                minutes = tuple(statistics.fmean(run[at] for run in column) for column in columns)
+                nbytes = statistics.fmean(run.bytes[at] for run in self.runs)
+                points.append(Point(at + 1, statistics.fmean(scores), min(scores), max(scores), nbytes, minutes))
+        return points
+
+    @property
+    def last(self) -> Point:
+        """The state at the end."""
+        return self.points[-1]
+
+    def reached(self, target: float) -> Point | None:
+        """Return the first evaluated round whose mean accuracy is ``target`` or more."""
+        return next((point for point in self.points if point.accuracy >= target), None)
+
+
+def rows(study: Study, out: Path) -> list[Row]:
+    """Return a row for every combination of labels that has a finished run, in the grid's order. Raises ``ConfigError`` without any."""
+    cells: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
+    for cell in study.cells:
+        if (out / cell.name / "summary.json").exists():
+            cells[tuple(cell.labels.values())].append(cell)
+    if not cells:
+        raise ConfigError(str(out), "no run of the study is finished", "the folder of a study; a run's log.txt says why it failed")
+    return [
+        Row(alike[0].labels, alike[0].config, [Run(RunFolder(out / cell.name), cell.config) for cell in alike], study.mbit)
+        for alike in cells.values()
+    ]
+
+
+def rival(row: Row, among: Iterable[Row]) -> Row | None:
+    """Return the row of full fine-tuning that ``row`` is compared to, if there is one."""
+    return next((other for other in among if other.group == row.group and other.config.method.name == "fft"), None)
+
+
+def figures(row: Row, fft: Row | None, targets: Sequence[float]) -> dict[str, Any]:
+    """Return a row's figures by column name; what is not known is None. Sequences are by phase."""
+    scores = [run.summary["accuracy"] for run in row.runs]
+    switches = [run.summary["switch"] for run in row.runs if run.summary["switch"]]
+    last, full = row.last, fft.last if fft else None
+    seconds = [statistics.median(run.seconds[phase] for run in row.runs) for phase in row.runs[0].phases]
+    result: dict[str, Any] = row.labels | {
+        "seeds": len(scores),
+        "trainable": row.trainable,
+        "accuracy": statistics.fmean(scores),
+        "accuracy_std": statistics.stdev(scores) if len(scores) > 1 else None,
+        "accuracy_best": statistics.fmean(sorted(scores)[-BEST[0] :]) if len(scores) >= BEST[1] else None,
+        "rounds": [sum(line["phase"] == phase for line in row.runs[0].metrics) for phase in row.runs[0].phases],
+        "gbit": 8 * last.bytes / 2**30,
+        "mbyte": last.bytes / 1e6,
+        "seconds_per_round": seconds,
+        "switch_seconds": statistics.fmean(run.switch_seconds for run in row.runs),
+        "bytes_of_fft": last.bytes / full.bytes if full else None,
+        "before_switch": statistics.fmean(switch["accuracy_before"] for switch in switches) if switches else None,
+        "after_switch": statistics.fmean(switch["accuracy_after"] for switch in switches) if switches else None,
+    }
+    for at, rate in enumerate(row.mbit):
+        result[f"minutes_{rate:g}_mbit"] = last.minutes[at]
+        result[f"minutes_{rate:g}_mbit_of_fft"] = last.minutes[at] / full.minutes[at] if full else None
+    for target in targets:
+        point = row.reached(target)
+        result[f"rounds_to_{target:g}"] = point.round if point else None
+        result[f"gbit_to_{target:g}"] = 8 * point.bytes / 2**30 if point else None
+        for at, rate in enumerate(row.mbit):
+            result[f"minutes_{rate:g}_mbit_to_{target:g}"] = point.minutes[at] if point else None
+    return result
+
+
+def write(study: Study, out: Path, found: Sequence[Row]) -> None:
+    """Write ``tables.md``, ``tables.csv`` (a line a row) and ``curves.csv`` (a line for each row and evaluated round)."""
+    by_row = [(row, figures(row, rival(row, found), study.targets)) for row in found]
+    (out / "tables.md").write_text(markdown(study, by_row), encoding="utf-8")
+    (out / "tables.csv").write_text(_csv([{key: _flat(value) for key, value in line.items()} for _, line in by_row]), encoding="utf-8")
+    curves = [row.labels | _coordinates(point, row.mbit) for row in found for point in row.points]
+    (out / "curves.csv").write_text(_csv(curves), encoding="utf-8")
+
+
+def _coordinates(point: Point, mbit: Sequence[float]) -> dict[str, float]:
+    scores = {"accuracy": point.accuracy, "accuracy_low": point.low, "accuracy_high": point.high}
+    minutes = {f"minutes_{rate:g}_mbit": minutes for rate, minutes in zip(mbit, point.minutes, strict=True)}
+    return {"round": point.round} | scores | {"mbyte": point.bytes / 1e6} | minutes
+
+
+def _flat(value: Any) -> Any:
+    return " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value) if isinstance(value, list) else value
+
+
+def _csv(lines: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def markdown(study: Study, by_row: Sequence[tuple[Row, Mapping[str, Any]]]) -> str:
+    """Return all tables as Markdown: costs and targets of each group of rows that are compared."""
+    finished = sum(len(row.runs) for row, _ in by_row)
+    lines = [f"# {study.name}", "", f"{finished} of {len(study.cells)} runs are finished. {NOTE}", ""]
+    for group in dict.fromkeys(row.group for row, _ in by_row):
+        alike = [(row.method, line) for row, line in by_row if row.group == group]
+        lines += [f"## {group}" if group else "## All", "", *_costs(study, alike), ""]
+        lines += [*_targets(study, alike), ""] if study.targets else []
+    return "\n".join(lines)
+
+
+def _costs(study: Study, alike: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    best = any(line["accuracy_best"] is not None for _, line in alike)
+    head = ["method", "seeds", "trainable", "rounds", "accuracy", *(["best 3 of 5"] if best else []), "at the switch"]
+    head += ["Gbit", "MB", "of FFT"]
+    head += [column for rate in study.mbit for column in (f"min at {rate:g}", "of FFT")] + ["s/round"]
+    return _table(head, [_cost(study, method, line, best) for method, line in alike])
+
+
+def _cost(study: Study, method: str, line: Mapping[str, Any], best: bool) -> list[str]:
+    spread = f" +- {100 * line['accuracy_std']:.2f}" if line["accuracy_std"] is not None else ""
+    cells = [method, str(line["seeds"]), _then(f"{count:,}" for count in line["trainable"]), _then(map(str, line["rounds"]))]
+    cells += [_percent(line["accuracy"]) + spread] + ([_percent(line["accuracy_best"])] if best else [])
+    switched = line["before_switch"] is not None
+    cells += [f"{_percent(line['before_switch'])} to {_percent(line['after_switch'])}" if switched else "-"]
+    cells += [_number(line["gbit"]), f"{line['mbyte']:,.1f}", _percent(line["bytes_of_fft"])]
+    for rate in study.mbit:
+        cells += [_number(line[f"minutes_{rate:g}_mbit"]), _percent(line[f"minutes_{rate:g}_mbit_of_fft"])]
+    return [*cells, _then(f"{seconds:.2f}" for seconds in line["seconds_per_round"])]
+
+
+def _targets(study: Study, alike: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    names = {f"rounds_to_{target:g}": f"rounds to {target:.0%}" for target in study.targets}
+    for target in study.targets:
+        names |= {f"gbit_to_{target:g}": f"Gbit to {target:.0%}"}
+        names |= {f"minutes_{rate:g}_mbit_to_{target:g}": f"min at {rate:g} to {target:.0%}" for rate in study.mbit}
+    return _table(["method", *names.values()], [[method, *(_number(line[name]) for name in names)] for method, line in alike])
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]
+
+
+def _then(parts: Iterable[str]) -> str:
+    return " then ".join(parts)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
