@@ -31,8 +31,8 @@ class Mean:
         self._sum_N[start : start + values_n.numel()].add_(values_n.to(self._sum_N.device), alpha=weight)
 
     def result(self) -> Tensor:
-        """Return the mean over all clients that were counted."""
-        return self._sum_N / self._weight
+        """Return the mean over all clients that were counted; the sum becomes it, so that this is asked for once."""
+        return self._sum_N.div_(self._weight)
 
 
 class Yogi(torch.optim.Optimizer):
@@ -78,8 +78,8 @@ class Server:
         return self._offset.detach()
 
     def step(self, mean_N: Tensor) -> None:
-        """Move the offset by the mean update of a round."""
-        self._offset.grad = -mean_N
+        """Move the offset by the mean update of a round, which is used up."""
+        self._offset.grad = mean_N.neg_()
         self._optimizer.step()
         self._offset.grad = None
 

@@ -51,26 +51,25 @@ def _connection(descriptor: int) -> Counts | None:
     return dict(zip(_NAMES, _ACKED_RECEIVED_SEGMENTS.unpack_from(info, _AT), strict=True))
 
 
-def interfaces(root: Path = Path("/sys/class/net")) -> dict[str, Counts]:
+def interfaces(table: Path = Path("/proc/net/dev")) -> dict[str, Counts]:
     """Return {interface: {rx_bytes, tx_bytes}} of this network namespace."""
-    return {folder.name: _pair(folder / "statistics", "rx_bytes", "tx_bytes", 1) for folder in _folders(root, "*")}
+    try:
+        rows = [line.partition(":") for line in table.read_text(encoding="ascii").splitlines()[2:]]
+    except OSError:
+        return {}
+    return {name.strip(): {"rx_bytes": int(counts.split()[0]), "tx_bytes": int(counts.split()[8])} for name, _, counts in rows}
 
 
 def infiniband(root: Path = Path("/sys/class/infiniband")) -> dict[str, Counts]:
     """Return {device/port: {rx_bytes, tx_bytes}} of this machine's InfiniBand ports."""
-    ports = _folders(root, "*/ports/*")
-    return {
-        f"{port.parts[-3]}/{port.name}": _pair(port / "counters", "port_rcv_data", "port_xmit_data", _INFINIBAND_WORD) for port in ports
-    }
+    ports = sorted(root.glob("*/ports/*/counters")) if root.is_dir() else []
+    return {f"{port.parts[-4]}/{port.parts[-2]}": _words(port) for port in ports}
 
 
-def _folders(root: Path, pattern: str) -> list[Path]:
-    return sorted(root.glob(pattern)) if root.is_dir() else []
-
-
-def _pair(folder: Path, received: str, sent: str, unit: int) -> Counts:
+def _words(port: Path) -> Counts:
+    files = {"rx_bytes": "port_rcv_data", "tx_bytes": "port_xmit_data"}
     try:
-        return {name: unit * int((folder / file).read_text()) for name, file in (("rx_bytes", received), ("tx_bytes", sent))}
+        return {name: _INFINIBAND_WORD * int((port / file).read_text()) for name, file in files.items()}
     except (OSError, ValueError):
         return {}
 

@@ -42,6 +42,7 @@ class Job:
             for record in session.play(self.checkpoint, stop_after):
                 if progress:
                     progress.advance(record)
+        self.folder.wait()
         if session.is_root:
             self._leave_results(session)
 
@@ -89,6 +90,7 @@ class Job:
         summary = summarize(self.config, self.folder, session.classifier, session.switch, self.comm.size)
         export.write(result, self.folder.adapter)
         self.folder.write_summary(summary)
+        self.folder.write_parquet()
         show.finished(self.folder, summary)
 
 

@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 
 from slora_dist.counters import Counters, place
 from slora_dist.ledger import Entry, Label, Ledger, Row, Timing, line
@@ -38,7 +37,7 @@ class Journal:
     def take(self, number: int) -> bytes:
         """Return the notes since the last call as JSON, and forget them; kernel counters are those of round ``number``."""
         notes = {
-            "entries": [asdict(entry) for entry in self.ledger.take()],
+            "entries": [{**vars(entry), "label": vars(entry.label), "timing": vars(entry.timing)} for entry in self.ledger.take()],
             "spans": self._spans,
             "counters": {"host": socket.gethostname(), "round": number, **self._counters.since()},
             "place": self._place,

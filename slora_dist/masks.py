@@ -15,6 +15,9 @@ from torch import Tensor
 
 Pattern = Literal["random", "rows", "columns", "product"]
 
+_GOLDEN = 0x9E3779B97F4A7C15
+_BLOCK = 1 << 16  # positions hashed at a time: they stay in the cache
+
 
 def _splitmix64(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Hash 64-bit integers (the finaliser of SplitMix64, Steele et al. 2014); a bijection, so distinct keys stay distinct."""
@@ -53,7 +56,24 @@ def random_mask(numel: int, count: int, seed: int) -> Tensor:
     assert 0 <= count <= numel, f"{count} of {numel}"
     if count == numel:
         return torch.arange(numel)
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    keys = _splitmix64(np.arange(numel, dtype=np.uint64) * golden + np.uint64(seed))
-    chosen = np.argpartition(keys, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
-    return torch.from_numpy(np.sort(chosen).astype(np.int64))
+    share = (count + 8 * sqrt(count) + 8) / numel  # keys are uniform: so many will hold the ``count`` smallest
+    while True:
+        chosen, keys = _below(numel, seed, share)
+        if len(chosen) >= count:
+            break
+        share *= 2
+    smallest = np.argpartition(keys, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
+    return torch.from_numpy(np.sort(chosen[smallest]))
+
+
+def _below(numel: int, seed: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """Return the positions whose key lies in the lowest ``share`` of all keys, and these keys; memory O(share x numel)."""
+    bound = np.uint64(min(2**64 - 1, int(share * 2**64)))
+    steps = np.arange(min(_BLOCK, numel), dtype=np.uint64) * np.uint64(_GOLDEN)
+    chosen, keys = [], []
+    for start in range(0, numel, _BLOCK):
+        block = _splitmix64(steps[: min(_BLOCK, numel - start)] + np.uint64((start * _GOLDEN + seed) % 2**64))
+        near = np.flatnonzero(block <= bound)
+        chosen.append(near + start)
+        keys.append(block[near])
+    return np.concatenate(chosen), np.concatenate(keys)

@@ -218,7 +218,7 @@ class Session:
         clients = len(plan.played_by(self.comm.rank))
         offset_N = self._send_down(stage.wire, stage.server, stage.label(number, "down"), clients)
         self.where.operation = "upload"
-        received = self._upload(stage, number, plan, stage.reference_N + offset_N.to(self.device))
+        received = self._upload(stage, number, plan, offset_N)
         record: dict[str, Any] = {"round": number, "phase": stage.name}
         if received:
             record |= self._judge(stage, number, received)
@@ -241,12 +241,12 @@ class Session:
         self.comm.broadcast(wire_B, label, clients)
         return wire.decode(wire_B)
 
-    def _upload(self, stage: Stage, number: int, plan: RoundPlan, start_N: Tensor) -> Received | None:
+    def _upload(self, stage: Stage, number: int, plan: RoundPlan, offset_N: Tensor) -> Received | None:
         """Train this rank's clients and bring all updates to rank 0, which moves the global state by their mean."""
         expected = [Header(client, stage.at, number, 1, 0.0, 0.0, stage.wire.nbytes) for client in plan.clients]
         by_examples = self.config.server.weighting == "examples"
         job = Upload(stage.wire, stage.label(number, "up"), expected, plan.ranks, by_examples)
-        updates = self._updates(stage, number, plan.played_by(self.comm.rank), start_N)
+        updates = self._updates(stage, number, plan.played_by(self.comm.rank), offset_N)
         received = (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
         if received and stage.server:
             began = time.perf_counter() - received.seconds  # buckets were added as they came: here they stand together, at the end
@@ -254,8 +254,11 @@ class Session:
             self.journal.note("aggregate", stage.name, number, began, time.perf_counter() - began)
         return received
 
-    def _updates(self, stage: Stage, number: int, clients: list[int], start_N: Tensor) -> Iterator[tuple[Header, Tensor]]:
+    def _updates(self, stage: Stage, number: int, clients: list[int], offset_N: Tensor) -> Iterator[tuple[Header, Tensor]]:
         """Train one client after the other, when its update is asked for."""
+        if not clients:
+            return
+        start_N = stage.reference_N + offset_N.to(self.device)
         lr = stage.phase.lr * stage.phase.lr_decay ** (number - stage.first)
         recipe = Recipe(self.config.clients, lr, self.config.model.precision == "bfloat16", self.pad)
         for client in clients:
@@ -310,7 +313,7 @@ class Session:
                 self.folder.append(name, rows)
             score = {"accuracy": self.score.accuracy, "loss": self.score.loss} if self.score else None
             values = {"round": record["round"], "phase": stage.at, "switch": self.switch, "score": score}
-            self.folder.save(Checkpoint(stage.server.state(), values))
+            self.folder.save_behind(Checkpoint(stage.server.state(), values))
 
     def _hosted(self) -> int:
         """How many of all clients this rank answers for, where a message goes to all of them and not to a round's sample."""

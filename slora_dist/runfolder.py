@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,8 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.adapter = self.path / "adapter"
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def create(self, config: Config, world: Mapping[str, Any]) -> None:
         """Make the folder with its ``config.json``. Raises ``ConfigError`` when a run is there already, or it cannot be written."""
@@ -75,6 +78,18 @@ class RunFolder:
         for old in base.glob("round-*"):
             if old.name != name:
                 shutil.rmtree(old)
+
+    def save_behind(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint while the caller goes on, once the one before is written; ``wait`` says when it is, and raises what failed."""
+        self.wait()
+        snapshot = Checkpoint({name: tensor.detach().clone() for name, tensor in checkpoint.tensors.items()}, checkpoint.values)
+        self._writing = self._writer.submit(self.save, snapshot)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is written."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def latest(self) -> Checkpoint | None:
         """Return the last complete checkpoint, or None when no round was finished. Raises ``ConfigError`` when it cannot be read."""
@@ -125,6 +140,22 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         self._write("summary.json", summary)
+
+    def write_parquet(self) -> None:
+        """Write the ledger once more as ``ledger.parquet``, with a column for the bytes of each kind."""
+        import pyarrow  # a second, and only at the end of a run
+        import pyarrow.parquet
+
+        lines = self.lines("ledger")
+        kinds = sorted({kind for line in lines for kind in line["bytes_by_kind"]})
+        rows = [
+            {key: value for key, value in line.items() if key != "bytes_by_kind"}
+            | {f"{kind}_bytes": line["bytes_by_kind"].get(kind, 0) for kind in kinds}
+            for line in lines
+        ]
+        draft = self.path / ".ledger.parquet.part"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
+        draft.replace(self.path / "ledger.parquet")
 
     def summary(self) -> dict[str, Any]:
         """Read ``summary.json``. Raises ``ConfigError`` when the run is not finished."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from slora_dist.config import Config
-from slora_dist.ledger import totals
+from slora_dist.ledger import Row, totals
 from slora_dist.model import Classifier
 from slora_dist.plan import full_finetuning
 from slora_dist.runfolder import RunFolder
@@ -12,7 +12,8 @@ from slora_dist.runfolder import RunFolder
 def summarize(config: Config, folder: RunFolder, classifier: Classifier, switch: dict[str, Any] | None, world_size: int) -> dict[str, Any]:
     """Return the content of ``summary.json``."""
     metrics = folder.lines("metrics")
-    payload = totals(folder.lines("ledger"))
+    ledger = folder.lines("ledger")
+    payload = totals(ledger)
     rounds = {name: sum(line["phase"] == name for line in metrics) for name in payload["by_phase"]}
     per_client = {
         name: {way: entry[way] / (rounds[name] * config.sampled) for way in ("up", "down")} for name, entry in payload["by_phase"].items()
@@ -27,6 +28,9 @@ def summarize(config: Config, folder: RunFolder, classifier: Classifier, switch:
         "full_finetuning_payload_bytes": full_finetuning(config, classifier),
         "switch": switch,
         "seconds": _seconds(metrics),
+        "network_seconds": sum(line["network"]["seconds"] for line in metrics) if all(line["network"] for line in metrics) else None,
+        "collectives": _collectives(ledger),
+        "counted": _counted(folder.lines("counters")),
     }
 
 
@@ -36,3 +40,32 @@ def _seconds(metrics: list[dict[str, Any]]) -> dict[str, float]:
         for part, seconds in line["seconds"].items():
             parts[part] = parts.get(part, 0.0) + seconds
     return parts
+
+
+def _collectives(ledger: list[Row]) -> dict[str, Row]:
+    """Sum each operation over all ranks; ``mbyte_per_second`` is what moved against the time in which it could move."""
+    sums: dict[str, Row] = {}
+    for line in ledger:
+        entry = sums.setdefault(line["op"], {"transport_bytes": 0, "seconds": 0.0, "wait_seconds": 0.0})
+        for key in entry:
+            entry[key] += line[key]
+    for entry in sums.values():
+        moving = entry["seconds"] - entry["wait_seconds"]
+        entry["mbyte_per_second"] = entry["transport_bytes"] / moving / 1e6 if moving > 0 else None
+    return sums
+
+
+def _counted(counters: list[Row]) -> Row:
+    """Sum what the kernel counted while rounds were played: ``{tcp: over all ranks, interfaces: {host: {interface: bytes}}}``."""
+    tcp: dict[str, int] = {}
+    interfaces: dict[str, dict[str, dict[str, int]]] = {}
+    for row in counters:
+        _add(tcp, row["tcp"])
+        for name, counts in {**row["interfaces"], **row["infiniband"]}.items():
+            _add(interfaces.setdefault(row["host"], {}).setdefault(name, {}), counts)
+    return {"tcp": tcp, "interfaces": interfaces}
+
+
+def _add(sums: dict[str, int], counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        sums[name] = sums.get(name, 0) + count

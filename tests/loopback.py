@@ -12,7 +12,8 @@ from torch._C._distributed_c10d import FileStore
 
 from slora_dist.comm.metered import Metered
 from slora_dist.comm.torch_comm import TorchComm
-from slora_dist.ledger import Label, Ledger, line
+from slora_dist.ledger import Label, Ledger
+from slora_dist.ledger import line as ledger_line
 from tests.ranks import run_ranks
 
 SIZE = 3
@@ -48,7 +49,7 @@ def exchange(rank: int, size: int, folder: str, nbytes: int) -> tuple[dict[str, 
         comm.comm.barrier()
         moved[verb] = seen() - before
         comm.comm.barrier()
-    rows = [line(rank, entry, 0.0, 0.0) for entry in comm.ledger.take()]
+    rows = [ledger_line(rank, entry, 0.0, 0.0) for entry in comm.ledger.take()]
     comm.comm.close()
     return {row["op"]: row["payload_bytes"] for row in rows if row["direction"] != "control"}, moved
 

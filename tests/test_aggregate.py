@@ -47,7 +47,7 @@ def test_mean_does_not_depend_on_where_messages_are_cut() -> None:
 def test_sgd_with_lr_one_is_averaging_bit_for_bit() -> None:
     averaged, offset_N = server(), updates(1, seed=1)[0]
     for mean_N in updates(T):
-        averaged.step(mean_N)
+        averaged.step(mean_N.clone())
         offset_N = offset_N + mean_N
     assert torch.equal(averaged.offset_N, offset_N)
 
@@ -91,7 +91,7 @@ SETTINGS = {
 def test_optimizers_are_the_papers_formulas(name: str, formula: Any) -> None:
     moved = server(**SETTINGS[name])
     for mean_N in updates(T):
-        moved.step(mean_N)
+        moved.step(mean_N.clone())
     torch.testing.assert_close(moved.offset_N.double(), formula(updates(1, seed=1)[0].double(), updates(T).double()), atol=2e-5, rtol=1e-4)
 
 
@@ -99,13 +99,13 @@ def test_optimizers_are_the_papers_formulas(name: str, formula: Any) -> None:
 def test_a_restored_server_goes_on_with_the_same_bits(settings: dict[str, Any]) -> None:
     through = server(**settings)
     for mean_N in updates(T):
-        through.step(mean_N)
+        through.step(mean_N.clone())
     stopped = server(**settings)
     for mean_N in updates(T)[:3]:
-        stopped.step(mean_N)
+        stopped.step(mean_N.clone())
     state = {name: tensor.clone() for name, tensor in stopped.state().items()}
     resumed = Server(ServerConfig(**settings), torch.zeros(N))
     resumed.restore(state)
     for mean_N in updates(T)[3:]:
-        resumed.step(mean_N)
+        resumed.step(mean_N.clone())
     assert torch.equal(resumed.offset_N, through.offset_N)

@@ -1,6 +1,5 @@
 """Whole runs: the same bits on any number of ranks, stopped and resumed or not, and bytes that are what was planned."""
 
-import json
 import os
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Slower links, wrapped around any communicator: real messages, delivered when a link of a given rate and latency would have delivered them.
+"""Slower links, wrapped around any communicator: real messages, delivered when links of given rate and latency would have delivered them.
 
 Nothing of a message changes. ``direct``: rank 0 sends every rank a copy of its own and all links work at the same time. ``collective``:
 ranks pass copies on along gloo's tree, and a gather is read one message after the other, as on a cluster behind links that are all alike.

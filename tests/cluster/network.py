@@ -1,4 +1,4 @@
-"""Several hosts on this one: network namespaces on a bridge, each behind a link of 100 Mbit/s.
+"""Several hosts on this one: network namespaces on a bridge, each behind a link of its own rate.
 
 Host i of 1..N is named nodeI, has 10.77.0.I on eth0 and an /etc/hosts that knows the others. A route in the outer namespace makes sure
 that no packet for these addresses ever leaves the machine.
@@ -17,14 +17,15 @@ from tests.cluster.processes import output
 
 NETWORK = "10.77.0"
 GUARD = ["route", "add", "unreachable", f"{NETWORK}.0/24"]
-SHAPE = ["root", "tbf", "rate", "100mbit", "burst", "32kb", "latency", "100ms"]
+SHAPE = ["root", "tbf", "burst", "32kb", "latency", "100ms", "rate"]
 ONE_FRAME = ["gso_max_segs", "1"]  # else counters see frames of 64 kB, and headers are under-counted
 
 
 class Network:
     """``hosts`` hosts and a switch."""
 
-    def __init__(self, hosts: int) -> None:
+    def __init__(self, hosts: int, mbit: int = 100) -> None:
+        self.mbit = mbit
         self.hosts, self.prefix = hosts, f"t{secrets.token_hex(3)}-"
         self.switch = f"{self.prefix}sw"
 
@@ -87,8 +88,9 @@ class Network:
         self._ip(self.switch, "link", "set", port, "master", "br0", *ONE_FRAME, "up")
         self._ip(host, "link", "set", "eth0", *ONE_FRAME, "up")
         self._ip(host, "addr", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
-        output(["tc", "-n", host, "qdisc", "add", "dev", "eth0", *SHAPE])
-        output(["tc", "-n", self.switch, "qdisc", "add", "dev", port, *SHAPE])
+        rate = f"{self.mbit}mbit"
+        output(["tc", "-n", host, "qdisc", "add", "dev", "eth0", *SHAPE, rate])
+        output(["tc", "-n", self.switch, "qdisc", "add", "dev", port, *SHAPE, rate])
 
     def _ip(self, namespace: str, *command: str) -> None:
         output(["ip", "-n", namespace, *command])

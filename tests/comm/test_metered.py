@@ -12,7 +12,8 @@ from slora_dist.comm import metered
 from slora_dist.comm.alone import Alone
 from slora_dist.comm.metered import Metered
 from slora_dist.comm.torch_comm import TorchComm
-from slora_dist.ledger import Label, Ledger, line
+from slora_dist.ledger import Label, Ledger
+from slora_dist.ledger import line as ledger_line
 from slora_dist.wire import HEADER_BYTES
 from tests.ranks import run_ranks
 
@@ -22,7 +23,7 @@ SENDERS = [1, 2, 1, 0]
 
 
 def _lines(comm: Metered) -> list[dict[str, Any]]:
-    return [line(comm.rank, entry, 0.0, 0.0) for entry in comm.ledger.take()]
+    return [ledger_line(comm.rank, entry, 0.0, 0.0) for entry in comm.ledger.take()]
 
 
 def _play(comm: Metered) -> list[dict[str, Any]]:
