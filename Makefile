@@ -6,7 +6,7 @@ RUN := runs/quickstart
 # bf16 doubles the speed of a CPU that has it, and is slow on one that has not
 PRECISION := $(shell grep -qs bf16 /proc/cpuinfo && echo bfloat16 || echo float32)
 
-.PHONY: quickstart install test test-cluster lint types clean
+.PHONY: quickstart install test test-cluster bench lint types clean
 
 quickstart: $(VENV)/.installed  ## SLoRA on 20 Newsgroups: one server, three workers
 	$(BIN)/slora-dist fetch minilm 20newsgroups
@@ -27,12 +27,17 @@ test: $(VENV)/.installed  ## all tests but those that need a cluster
 	$(BIN)/python -m pytest -m "not cluster" tests
 
 # A real SLURM, several hosts as network namespaces, a second MPI: as root, with Debian packages that are installed here.
-PACKAGES := slurm-wlm munge iproute2 openmpi-bin shellcheck
+PACKAGES := slurm-wlm munge iproute2 openmpi-bin shellcheck chromium
 test-cluster: $(VENV)/.installed  ## the tests that need a cluster
 	@if dpkg -s $(PACKAGES) >/dev/null 2>&1; then :; \
 	elif [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES); \
 	else echo "test-cluster: needs root, or: apt-get install $(PACKAGES)"; exit 1; fi
 	$(BIN)/python -m pytest -m cluster tests
+
+bench: $(VENV)/.installed  ## every figure of docs/performance.md, on a machine with nothing else to do
+	$(BIN)/slora-dist fetch minilm
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run $(ROWS)
+	$(BIN)/python -m benchmarks.scale_model
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

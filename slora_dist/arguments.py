@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
 
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; overrides may also stand behind the options, which argparse alone does not allow."""
@@ -25,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", metavar="RUN", help="run folder (default: runs/<name of the config>)")
     train.add_argument("--resume", metavar="RUN", help="go on from RUN's last checkpoint")
     train.add_argument("--stop-after", type=int, metavar="ROUND", help="leave after this round's checkpoint; --resume goes on")
+    train.add_argument("--track", choices=TRACKERS, help="hand every round to this tracker; what it writes goes to RUN/<tracker>")
     plan = commands.add_parser("plan", help="what a run will cost, without starting it")
     plan.add_argument("config", metavar="CONFIG.yaml")
     plan.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -78,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--machine", type=Path, metavar="FILE", help="measured constants of a machine, to set its prediction beside")
     scalars = commands.add_parser("scalars", help="hand a run's figures by round to a tracker")
     scalars.add_argument("source", metavar="RUN")
-    scalars.add_argument("--to", choices=("tensorboard", "wandb", "mlflow", "trackio"), required=True)
+    scalars.add_argument("--to", choices=TRACKERS, required=True)
     scalars.add_argument("--out", type=Path, metavar="DIR", help="folder for what the tracker writes (default: RUN/<tracker>)")
     return parser
 

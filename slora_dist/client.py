@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slora_dist.config import ClientsConfig
 from slora_dist.data.tokens import Encoded, batches, order
 from slora_dist.seeding import derive
+from slora_dist.sparse import training
 from slora_dist.support import Support
 
 
@@ -47,27 +48,25 @@ def train(net: nn.Module, support: Support, start_N: Tensor, documents: Encoded,
     torch.manual_seed(derive(seed, "dropout"))
     net.train()
     support.write(net, start_N)
-    values_N = nn.Parameter(start_N.clone())
-    values_N.grad = torch.empty_like(values_N)
-    optimizer = _optimizer(values_N, recipe)
-    total, seen = 0.0, 0
-    for batch in _local_batches(documents, recipe, seed):
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-            loss = net(**batch).loss
-        loss.backward()
-        support.read_grad(net, values_N.grad)
-        optimizer.step()
-        support.write(net, values_N.detach())
-        total, seen = total + loss.item() * len(batch["labels"]), seen + len(batch["labels"])
-    return Update(values_N.detach() - start_N, len(documents), total / seen, time.perf_counter() - began)
+    total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
+    with training(net, support) as leaves:
+        optimizer = _optimizer(leaves.tensors, recipe)
+        for batch in _local_batches(documents, recipe, seed):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+                loss = net(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            leaves.settle()
+            total, seen = total + loss.detach() * len(batch["labels"]), seen + len(batch["labels"])
+    return Update(support.read(net) - start_N, len(documents), total.item() / seen, time.perf_counter() - began)
 
 
-def _optimizer(values_N: nn.Parameter, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(leaves: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     settings = recipe.clients
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD([values_N], lr=recipe.lr, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW([values_N], lr=recipe.lr, weight_decay=settings.weight_decay)
+    kind = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
+    return kind(leaves, lr=recipe.lr, weight_decay=settings.weight_decay, fused=True)
 
 
 def _local_batches(documents: Encoded, recipe: Recipe, seed: int) -> Iterator[dict[str, Tensor]]:

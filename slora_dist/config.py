@@ -198,6 +198,9 @@ class ServerConfig(Section):
     weighting: Literal["uniform", "examples"] = Field(
         "uniform", description="Mean over clients: all alike (the paper), or by number of examples."
     )
+    svd: Literal["root", "ranks"] = Field(
+        "root", description="Who factors the matrices at a switch: rank 0, or every rank its share, for which the update travels once more."
+    )
     eval_every: int = Field(1, ge=0, description="Rounds between evaluations; 0: only at the end of each phase.")
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from slora_dist.data.tokens import Encoded, batches, by_length
+from slora_dist.linear import fast
 
 BATCH = 64  # documents in a step; it sets speed and memory only
 
@@ -25,9 +26,10 @@ def evaluate(net: nn.Module, documents: Encoded, pad: int) -> Score:
     device = next(net.parameters()).device
     net.eval()
     right, total = 0, 0.0
-    for batch in batches(documents, BATCH, pad, by_length(documents)):
-        labels = batch.pop("labels").to(device)
-        logits = net(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-        right += int((logits.argmax(-1) == labels).sum())
-        total += float(cross_entropy(logits, labels, reduction="sum"))
+    with fast(net):
+        for batch in batches(documents, BATCH, pad, by_length(documents)):
+            labels = batch.pop("labels").to(device)
+            logits = net(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+            right += int((logits.argmax(-1) == labels).sum())
+            total += float(cross_entropy(logits, labels, reduction="sum"))
     return Score(right / len(documents), total / len(documents))

@@ -21,6 +21,7 @@ from slora_dist.network import Network, check_network
 from slora_dist.roundplan import check_world, home
 from slora_dist.rounds import Session
 from slora_dist.runfolder import Checkpoint, RunFolder
+from slora_dist.scalars import Scalars
 from slora_dist.summary import summarize
 
 
@@ -33,24 +34,35 @@ class Job:
         self.shaped = Shaped(comm, config.network.routing, config.network.server_mbit or inf) if config.network.mode == "sleep" else None
         self.comm = Metered(self.shaped or comm, Ledger(comm.rank))
         self.checkpoint: Checkpoint | None = None
+        self.tracker: Scalars | None = None
 
-    def run(self, resume: bool, stop_after: int | None) -> None:
-        """Play the run to its end, or to round ``stop_after``. Raises ``ConfigError`` on all ranks alike, before any training."""
-        session = self.prepare(resume)
+    def run(self, resume: bool, stop_after: int | None, track: str | None = None) -> None:
+        """Play the run to its end, or to round ``stop_after``; ``track`` names a tracker that gets every round as it ends.
+
+        Raises ``ConfigError`` on all ranks alike, before any training.
+        """
+        session = self.prepare(resume, track)
         done = self.checkpoint.values["round"] if self.checkpoint else 0
         with show.Progress(session.rounds, done) if session.is_root else nullcontext() as progress:
             for record in session.play(self.checkpoint, stop_after):
                 if progress:
                     progress.advance(record)
+                if self.tracker:
+                    self.tracker.add(record)
+        if self.tracker:
+            self.tracker.close()
         self.folder.wait()
         if session.is_root:
             self._leave_results(session)
 
-    def prepare(self, resume: bool) -> Session:
+    def prepare(self, resume: bool, track: str | None = None) -> Session:
         """Return the session once all ranks are ready for it; raises the first rank's ``ConfigError`` on all of them."""
         session, problem = None, None
         try:
             session = self._prepare(resume)
+            if track and session.is_root:
+                settings, earlier = self.config.model_dump(), self.folder.lines("metrics")
+                self.tracker = Scalars(track, self.folder.path.name, settings, self.folder.path / track, earlier)
         except ConfigError as error:
             problem = error
         agree(self.comm, problem)

@@ -7,7 +7,7 @@ Legend: N coordinates, O/I out/in features, R rank.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from slora_dist.config import DensePhase, LowrankPhase, MethodConfig, SparsePhas
 from slora_dist.model import Classifier, dense_layers, head_parameters, is_transposed, ranks
 from slora_dist.seeding import derive
 from slora_dist.support import Slot, Support
-from slora_dist.svd import factor
+from slora_dist.svd import Factors, factor
 
 AnyPhase = SparsePhase | DensePhase | LowrankPhase
 
@@ -81,23 +81,53 @@ def lora_settings(phase: LowrankPhase, classifier: Classifier) -> dict[str, Any]
     }
 
 
-def begin(phase: AnyPhase, classifier: Classifier, coordinates: Support, delta: Mapping[str, Tensor], seed: int) -> Start:
-    """Return where a phase begins, given what was learned so far (``delta``: {parameter: update}; empty at the start of a run)."""
+def begin(
+    phase: AnyPhase,
+    classifier: Classifier,
+    coordinates: Support,
+    delta: Mapping[str, Tensor],
+    seed: int,
+    found: Mapping[str, Factors] | None = None,
+) -> Start:
+    """Return where a phase begins, given what was learned so far (``delta``: {parameter: update}; empty at the start of a run).
+
+    ``found`` are the factors of its layers where they are known already (see ``factored``).
+    """
     if not isinstance(phase, LowrankPhase):
         return Start(_carry(coordinates, delta))
-    layers, factors, results = dense_layers(classifier), {}, {}
+    found = factored(phase, classifier, delta) if found is None else found
+    layers = dense_layers(classifier)
+    factors = {
+        layer: (found[layer].b_OR, found[layer].a_RI)
+        if layer in found
+        else _random_factors(layers[layer], rank, derive(seed, "lora_A", layer))
+        for layer, rank in ranks(classifier, phase).items()
+    }
+    named = {name: tensor for layer, (b_OR, a_RI) in factors.items() for name, tensor in zip(_names(layer), (a_RI, b_OR), strict=True)}
+    energy = sum(result.energy for result in found.values())
+    total = sum(result.kept_energy * result.energy for result in found.values()) / energy if energy else None
+    return Start(_carry(coordinates, {**delta, **named}), {layer: result.kept_energy for layer, result in found.items()}, total)
+
+
+def factored(
+    phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, Tensor], layers: Sequence[str] | None = None
+) -> dict[str, Factors]:
+    """Return the factors of the update of every target layer, or of ``layers``; a layer without an update has none."""
+    found = {}
     for layer, rank in ranks(classifier, phase).items():
         update = delta.get(f"{layer}.weight")
-        if update is None:
-            factors[layer] = _random_factors(layers[layer], rank, derive(seed, "lora_A", layer))
-        else:
+        if update is not None and (layers is None or layer in layers):
             update_OI = update.T if is_transposed(classifier, layer) else update
-            results[layer] = factor(update_OI, rank, _alpha(phase, rank) / rank, phase.split)
-            factors[layer] = (results[layer].b_OR, results[layer].a_RI)
-    named = {name: tensor for layer, (b_OR, a_RI) in factors.items() for name, tensor in zip(_names(layer), (a_RI, b_OR), strict=True)}
-    energy = sum(result.energy for result in results.values())
-    total = sum(result.kept_energy * result.energy for result in results.values()) / energy if energy else None
-    return Start(_carry(coordinates, {**delta, **named}), {layer: result.kept_energy for layer, result in results.items()}, total)
+            found[layer] = factor(update_OI, rank, _alpha(phase, rank) / rank, phase.split)
+    return found
+
+
+def factorable(phase: AnyPhase, classifier: Classifier, coordinates: Support) -> list[str]:
+    """Return the target layers of which ``coordinates``, those of the phase before, have learned an update."""
+    if not isinstance(phase, LowrankPhase):
+        return []
+    moved = {slot.name.removesuffix(".lora_B.default.weight").removesuffix(".weight") for slot in coordinates.slots}
+    return [layer for layer in ranks(classifier, phase) if layer in moved]
 
 
 def learned(phase: AnyPhase, classifier: Classifier, coordinates: Support, offset_N: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ Legend: N coordinates, n a stretch of them, B bytes.
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,35 +27,18 @@ from slora_dist.ending import Where
 from slora_dist.errors import RunError
 from slora_dist.evaluate import Score, evaluate
 from slora_dist.export import Result
+from slora_dist.handover import spread
 from slora_dist.journal import Journal, settle
-from slora_dist.ledger import Direction, Label, Row, totals
+from slora_dist.ledger import Label, Row, totals
 from slora_dist.model import Classifier, head_parameters
 from slora_dist.network import Network
 from slora_dist.roundplan import RoundPlan, home, plan_round
 from slora_dist.runfolder import Checkpoint, RunFolder
 from slora_dist.seeding import derive
-from slora_dist.support import Support
+from slora_dist.stage import Stage, switch_record
+from slora_dist.svd import Factors
 from slora_dist.upload import Received, Upload
 from slora_dist.wire import HEADER_BYTES, Header, Wire
-
-
-@dataclass
-class Stage:
-    """One phase as a rank holds it: its coordinates and codec, the reference of the offsets, and on rank 0 the server's state."""
-
-    at: int
-    name: str
-    phase: methods.AnyPhase
-    first: int  # number of its first round in the run
-    coordinates: Support
-    wire: Wire
-    reference_N: Tensor
-    server: Server | None
-    collective: str
-
-    def label(self, number: int, direction: Direction, by_kind: Mapping[str, int] | None = None) -> Label:
-        """Return the ledger's label of a message of this phase; by default it is an update."""
-        return Label(self.name, number, direction, dict(self.wire.by_kind() if by_kind is None else by_kind))
 
 
 class Session:
@@ -142,24 +125,49 @@ class Session:
         """Begin phase ``at``: take over what ``previous`` learned, and put the base back to the weights that all ranks know."""
         self.where.operation, began = "switch", time.perf_counter()
         learned: dict[str, Tensor] = {}
+        found = None
         if previous:
-            if previous.server:
-                learned = methods.learned(previous.phase, self.classifier, previous.coordinates, previous.server.offset_N)
+            offset_N = self._last_offset(previous, self.phases[at])
+            if offset_N is not None:
+                learned = methods.learned(previous.phase, self.classifier, previous.coordinates, offset_N)
             previous.coordinates.write(self.net, previous.reference_N)
         stage = self._stage(at)
         self._compare_fingerprints(stage, stage.first)
+        if previous and self._spreads(stage.phase):
+            found = self._spread(previous, stage, learned)
         if self.is_root:
-            start = methods.begin(stage.phase, self.classifier, stage.coordinates, learned, self.config.run.seed)
+            start = methods.begin(stage.phase, self.classifier, stage.coordinates, learned, self.config.run.seed, found)
             stage.server = Server(self.config.server, start.offset_N)
         if previous and methods.keeps(stage.phase):
             self._fold(previous, stage)
         if previous and self.is_root:
-            before, after = self.score, self._evaluate(stage)
+            with self.journal.span("evaluate", stage.name, stage.first):
+                before, after = self.score, self._evaluate(stage)
             assert before
-            self.switch = _switch(before, after, start.kept_energy, start.kept_energy_total)
+            self.switch = switch_record(before, after, start)
         if previous:
             self.journal.note("switch", stage.name, stage.first, began, time.perf_counter() - began)
         return stage
+
+    def _spreads(self, phase: methods.AnyPhase) -> bool:
+        return self.config.server.svd == "ranks" and self.comm.size > 1 and isinstance(phase, LowrankPhase)
+
+    def _last_offset(self, previous: Stage, phase: methods.AnyPhase) -> Tensor | None:
+        """Return what ``previous`` has learned on rank 0, and on all ranks where all of them will factor it."""
+        offset_N = previous.server.offset_N if previous.server else None
+        if self._spreads(phase):
+            offset_N = torch.empty(previous.coordinates.numel) if offset_N is None else offset_N.contiguous()
+            label = Label(methods.names(self.config.method)[previous.at + 1], previous.first + previous.phase.rounds, "control", {})
+            wire_B = offset_N.view(torch.uint8)
+            self.comm.broadcast(wire_B, replace(label, by_kind={"offset": wire_B.numel()}), clients=1)
+        return offset_N
+
+    def _spread(self, previous: Stage, stage: Stage, learned: Mapping[str, Tensor]) -> dict[str, Factors]:
+        """Let every rank factor its share of the matrices; rank 0 gets all factors."""
+        phase, layers = stage.phase, methods.factorable(stage.phase, self.classifier, previous.coordinates)
+        assert isinstance(phase, LowrankPhase)
+        label = stage.label(stage.first, "control", {"factors": 0})
+        return spread(self.comm, layers, lambda own: methods.factored(phase, self.classifier, learned, own), label)
 
     def _restore(self, at: int, number: int, resumed: Checkpoint | None) -> Stage:
         """Enter phase ``at`` as it was after round ``number``."""
@@ -318,14 +326,3 @@ class Session:
     def _hosted(self) -> int:
         """How many of all clients this rank answers for, where a message goes to all of them and not to a round's sample."""
         return sum(home(client, self.comm.size) == self.comm.rank for client in range(self.config.clients.count))
-
-
-def _switch(before: Score, after: Score, kept_energy: dict[str, float], total: float | None) -> dict[str, Any]:
-    return {
-        "accuracy_before": before.accuracy,
-        "accuracy_after": after.accuracy,
-        "loss_before": before.loss,
-        "loss_after": after.loss,
-        "kept_energy": kept_energy,
-        "kept_energy_total": total,
-    }

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # ARPACK beats the full SVD on both speed and memory when the rank is a small share of the matrix; above it the full one is as fast.
 _FULL_ABOVE = 1 / 5
+_SPARSE_BELOW = 0.05  # density up to which products with a sparse matrix win
+_TOLERANCE = 1e-10  # of the Gram matrix's eigenvectors: finer than the float32 in which the factors are kept
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,15 @@ def factor(delta_OI: Tensor, rank: int, scale: float = 1.0, split: Literal["us",
     """
     if not 1 <= rank <= min(delta_OI.shape):
         raise ValueError(f"rank {rank} of a {delta_OI.shape[0]} x {delta_OI.shape[1]} matrix")
-    if not bool(delta_OI.isfinite().all()):
+    matrix = _matrix(delta_OI.detach().float().cpu().numpy())
+    entries = matrix.data if scipy.sparse.issparse(matrix) else matrix
+    if not np.isfinite(entries).all():
         raise ValueError("the update has entries that are not finite")
-    u_OR, s_R, vt_RI = _fix_signs(*_truncated(delta_OI.detach().double().cpu().numpy(), rank))
+    energy = float(np.square(entries).sum())
+    u_OR, s_R, vt_RI = _fix_signs(*_truncated(matrix, rank, energy))
     left_R, right_R = (s_R, np.ones_like(s_R)) if split == "us" else (np.sqrt(s_R), np.sqrt(s_R))
     if not s_R.any():
         right_R = np.ones_like(s_R)
-    energy = float(delta_OI.double().square().sum())
     return Factors(
         b_OR=torch.from_numpy(u_OR * left_R / scale).float(),
         a_RI=torch.from_numpy(right_R[:, None] * vt_RI).float(),
@@ -50,28 +54,43 @@ def factor(delta_OI: Tensor, rank: int, scale: float = 1.0, split: Literal["us",
     )
 
 
-def _truncated(delta_OI: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _matrix(delta_OI: np.ndarray) -> Any:
+    """Return the matrix in float64, and sparse where few entries are not zero: a NaN is none, and so is kept.
+
+    scipy's own conversion looks for non-zero floats one by one, and takes longer than the SVD.
+    """
+    flat, (height, width) = delta_OI.reshape(-1), delta_OI.shape
+    at = np.flatnonzero(flat != 0)
+    if len(at) > _SPARSE_BELOW * flat.size:
+        return delta_OI.astype(np.float64)
+    rows = np.arange(height + 1) * width
+    starts = np.searchsorted(at, rows)
+    columns = at - np.repeat(rows[:-1], np.diff(starts))
+    return scipy.sparse.csr_array((flat[at].astype(np.float64), columns.astype(np.int32), starts.astype(np.int32)), shape=delta_OI.shape)
+
+
+def _truncated(matrix: Any, rank: int, energy: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return U_OR, S_R (descending) and Vt_RI of the ``rank`` largest singular values, exact to rounding."""
-    if rank > _FULL_ABOVE * min(delta_OI.shape) or not delta_OI.any():
-        u, s, vt = np.linalg.svd(delta_OI, full_matrices=False)
+    is_sparse = scipy.sparse.issparse(matrix)
+    if rank > _FULL_ABOVE * min(matrix.shape) or not energy:
+        u, s, vt = np.linalg.svd(matrix.toarray() if is_sparse else matrix, full_matrices=False)
         return u[:, :rank], s[:rank], vt[:rank]
-    density = np.count_nonzero(delta_OI) / delta_OI.size
-    matrix = scipy.sparse.csr_array(delta_OI) if density < 0.05 else delta_OI  # products with a sparse matrix win below about 5 %
-    if delta_OI.shape[0] < delta_OI.shape[1]:
-        v, s, ut = _lanczos(matrix.T, rank)
+    transposed = matrix.T.tocsr() if is_sparse else matrix.T
+    if matrix.shape[0] < matrix.shape[1]:
+        v, s, ut = _lanczos(transposed, matrix, rank)
         return ut.T, s, v.T
-    return _lanczos(matrix, rank)
+    return _lanczos(matrix, transposed, rank)
 
 
-def _lanczos(tall: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Do so by the eigenvectors of the smaller Gram matrix.
+def _lanczos(tall: Any, wide: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Do so by the eigenvectors of the smaller Gram matrix; ``wide`` is the transpose of ``tall``.
 
     scipy's ``svds`` does the same, but gives ARPACK no generator of its own: a matrix of lower rank makes it draw new directions, and
     these would differ from call to call.
     """
     draw = np.random.Generator(np.random.Philox(0))
-    gram = LinearOperator((tall.shape[1], tall.shape[1]), matvec=lambda x: tall.T @ (tall @ x), dtype=np.dtype(np.float64))
-    _, basis = eigsh(gram, k=rank, v0=draw.standard_normal(tall.shape[1]), tol=0, rng=draw)
+    gram = LinearOperator((tall.shape[1], tall.shape[1]), matvec=lambda x: wide @ (tall @ x), dtype=np.dtype(np.float64))
+    _, basis = eigsh(gram, k=rank, v0=draw.standard_normal(tall.shape[1]), tol=_TOLERANCE, rng=draw)
     basis, _ = np.linalg.qr(basis)  # of close eigenvalues ARPACK's vectors are not quite orthogonal
     u, s, wt = np.linalg.svd(tall @ basis, full_matrices=False)
     return u, s, wt @ basis.T

@@ -11,16 +11,17 @@ import pytest
 from tests.tiny import ROOT
 
 LEVELS = (
-    "config ending errors log seeding settings world",
-    "ledger masks support svd wire",
+    "config ending errors log section seeding settings world",
+    "codec counters journal ledger linear links masks sparse support svd wire",
     "comm",
     "aggregate data",
-    "model roundplan",
+    "model network roundplan",
     "methods",
-    "agreement client evaluate export plan runfolder summary upload",
+    "agreement client clock evaluate export handover plan runfolder stage summary timing upload",
     "rounds",
-    "device job show",
-    "__main__ cli doctor slurm",
+    "audit device job report scalars show study",
+    "calibrate",
+    "__main__ arguments cli commands doctor slurm",
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
 PACKAGE = ROOT / "slora_dist"

@@ -20,7 +20,13 @@ from tests.tiny import SHORT, run
 
 SIZE, SECONDS = 2, 120.0
 KEEP = ("method.lowrank.residual=keep", "method.lowrank.remainder=keep")
-TOGETHER = {"gather": (), "keep": KEEP, "reduce": ("comm.collective=reduce",), "auto": ("comm.collective=auto", "clients.count=7")}
+TOGETHER = {
+    "gather": (),
+    "keep": KEEP,
+    "spread": ("server.svd=ranks",),
+    "reduce": ("comm.collective=reduce",),
+    "auto": ("comm.collective=auto", "clients.count=7"),
+}
 NAMES = ("alone", *TOGETHER, "resumed", "moved")  # moved: begun by one rank, ended by two
 LEDGER = (lines.arithmetic, lines.protocol, lines.gathers, sums.plan, sums.records)
 

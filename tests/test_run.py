@@ -109,9 +109,9 @@ def torchrun(size: int, *arguments: str) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("size", [2, 4])
-def test_any_number_of_ranks_ends_in_the_bits_of_one(size: int, tiny_run: RunFolder, tmp_path: Path) -> None:
-    torchrun(size, str(TINY), "--out", str(tmp_path / "run"))
+@pytest.mark.parametrize(("size", "who"), [(2, "root"), (4, "ranks")])
+def test_any_number_of_ranks_ends_in_the_bits_of_one(size: int, who: str, tiny_run: RunFolder, tmp_path: Path) -> None:
+    torchrun(size, str(TINY), f"server.svd={who}", "--out", str(tmp_path / "run"))
     many = RunFolder(tmp_path / "run")
     assert same(many, tiny_run)
     assert many.summary()["world_size"] == size

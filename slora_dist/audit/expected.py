@@ -63,7 +63,8 @@ class Protocol:
         first = 1
         for phase, settings in zip(plan["phases"], config.method.resolved(), strict=True):
             keeps = isinstance(settings, LowrankPhase) and "keep" in (settings.residual, settings.remainder) and first > 1
-            self.phases.append({**phase, "first": first, "folds": keeps, "at": len(self.phases)})
+            spreads = isinstance(settings, LowrankPhase) and config.server.svd == "ranks" and first > 1
+            self.phases.append({**phase, "first": first, "folds": keeps, "spreads": spreads, "at": len(self.phases)})
             first += phase["rounds"]
         self.rounds = first - 1
 
@@ -110,6 +111,10 @@ class Protocol:
 
     def _open(self, phase: Row, number: int, ranks: "_Ranks") -> Iterator[Want]:
         yield from self._enter(phase, number, ranks)
+        if phase["spreads"] and ranks.size > 1:
+            offset = {"offset": 4 * self.phases[phase["at"] - 1]["trainable"]}
+            yield from ranks.broadcast(number, phase["phase"], "control", offset, [1] * ranks.size)
+            yield from ranks.gather(number, phase["phase"], "control", {"factors": FREE}, [1] * ranks.size, FREE)
         if phase["folds"]:
             for by_kind in (self.phases[phase["at"] - 1]["message_bytes"]["by_kind"], phase["message_bytes"]["by_kind"]):
                 yield from ranks.broadcast(number, phase["phase"], "down", by_kind, self._hosted(ranks.size))

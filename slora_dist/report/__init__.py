@@ -1,0 +1,1 @@
+"""Reports of runs: one page that shows what they learned, what it cost, and where every number comes from."""

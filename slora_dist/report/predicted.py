@@ -1,0 +1,65 @@
+"""Seconds of a round as ``timing`` foretells them for a measured machine, beside those that the run took."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+
+from slora_dist.report.read import Line, Run
+
+PARTS = ("broadcast", "train", "upload", "server", "control", "round")
+Parts = dict[str, float]  # mean seconds of a round, by PARTS
+
+
+def predicted(run: Run, machine: Path | None) -> dict[str, Parts] | None:
+    """Return the foretold parts by phase, or None without a machine, or with one measured for other phases, clients or ranks.
+
+    Raises ``ConfigError`` when the file is none of ``slora-dist doctor CONFIG``.
+    """
+    if machine is None:
+        return None
+    from slora_dist import methods, timing  # they bring transformers and peft, which no other part of a report needs
+    from slora_dist.data.federation import class_names
+    from slora_dist.model import shell
+
+    found = timing.read_machine(machine)
+    fits = (
+        set(methods.names(run.config.method)) <= set(found["phases"])
+        and found["world"]["size"] == run.world["size"]
+        and len(found["documents"]) == run.config.clients.count
+    )
+    return timing.predict(run.config, shell(run.config.model, class_names(run.config)), found) if fits else None
+
+
+def measured(run: Run) -> dict[str, Parts]:
+    """Return the same parts as the run had them: on emulated links those of the links, else those of the transport."""
+    rounds = {phase: [_round(run, line) for line in run.rounds if line["phase"] == phase] for phase in run.phases}
+    return {phase: {part: fmean(one[part] for one in found) for part in PARTS} for phase, found in rounds.items()}
+
+
+def _round(run: Run, record: Line) -> Parts:
+    links, seconds = record.get("network"), record["seconds"]
+    if links:
+        parts = {
+            part: links[name] for part, name in (("broadcast", "download"), ("train", "train"), ("upload", "upload"), ("server", "server"))
+        }
+        return parts | {"control": 0.0, "round": links["seconds"]}
+    alone = run.world["size"] == 1
+    lines = [line for line in run.ledger if line["round"] == record["round"]]
+    spans = [line for line in run.timeline if line["round"] == record["round"] and line["what"] == "train"]
+    train = max(_by_rank(spans, 0).values(), default=0.0)
+    upload = sum(line["seconds"] for line in lines if line["direction"] == "up" and line["rank"] == 0)
+    return {
+        "broadcast": max(_by_rank((line for line in lines if line["direction"] == "down"), 1).values(), default=0.0),
+        "train": train,
+        "upload": upload if alone else max(0.0, upload - train),  # rank 0 waits in it while the others train
+        "server": seconds["total"] - seconds["communicate"] - seconds["evaluate"] - (seconds["train"] if alone else 0.0),
+        "control": sum(line["seconds"] - line["wait_seconds"] for line in lines if line["direction"] == "control" and line["rank"] == 0),
+        "round": seconds["total"] - seconds["evaluate"],
+    }
+
+
+def _by_rank(lines: Iterable[Line], without_wait: int) -> dict[int, float]:
+    sums: dict[int, float] = {}
+    for line in lines:
+        sums[line["rank"]] = sums.get(line["rank"], 0.0) + line["seconds"] - without_wait * line.get("wait_seconds", 0.0)
+    return sums

@@ -1,0 +1,48 @@
+"""One phase of a run as a rank holds it, and what is told of the switch to it.
+
+Legend: N coordinates.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from slora_dist.aggregate import Server
+from slora_dist.evaluate import Score
+from slora_dist.ledger import Direction, Label
+from slora_dist.methods import AnyPhase, Start
+from slora_dist.support import Support
+from slora_dist.wire import Wire
+
+
+@dataclass
+class Stage:
+    """One phase as a rank holds it: its coordinates and codec, the reference of the offsets, and on rank 0 the server's state."""
+
+    at: int
+    name: str
+    phase: AnyPhase
+    first: int  # number of its first round in the run
+    coordinates: Support
+    wire: Wire
+    reference_N: Tensor
+    server: Server | None
+    collective: str
+
+    def label(self, number: int, direction: Direction, by_kind: Mapping[str, int] | None = None) -> Label:
+        """Return the ledger's label of a message of this phase; by default it is an update."""
+        return Label(self.name, number, direction, dict(self.wire.by_kind() if by_kind is None else by_kind))
+
+
+def switch_record(before: Score, after: Score, start: Start) -> dict[str, Any]:
+    """Return what ``summary.json`` says of a switch: scores before and after it, and the energy that the factors keep."""
+    return {
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "loss_before": before.loss,
+        "loss_after": after.loss,
+        "kept_energy": start.kept_energy,
+        "kept_energy_total": start.kept_energy_total,
+    }
