@@ -73,6 +73,9 @@ def advise(found: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
     for host, rows in by_host.items():
         if len(rows) - 1 > rows[0]["cores"] and rows[0]["device"] == "cpu":
             advice.append(f"{len(rows)} ranks train on {rows[0]['cores']} cores of {host}: expect them to wait for each other")
+        spare = rows[0]["cores"] // len(rows)
+        if spare > 1 and rows[0]["device"] == "cpu":
+            advice.append(f"{rows[0]['cores']} cores of {host} for {len(rows)} rank(s): run.threads={spare} would use them all")
         shared = {row["device"] for row in rows if row["device"] != "cpu"}
         if shared and len(shared) < len(rows):
             advice.append(f"{len(rows)} ranks of {host} share {len(shared)} GPU(s)")

@@ -12,7 +12,7 @@ from slora_dist.world import World
 HEALTHY: dict[str, Any] = {
     "versions": {"mpi4py": "4.1"},
     "world": {"size": 3, "transport": "gloo", "launcher": "torchrun"},
-    "ranks": [{"rank": rank, "host": f"node{rank}", "address": f"10.0.0.{rank}", "device": "cpu", "cores": 2} for rank in range(3)],
+    "ranks": [{"rank": rank, "host": f"node{rank}", "address": f"10.0.0.{rank}", "device": "cpu", "cores": 1} for rank in range(3)],
 }
 
 
@@ -37,7 +37,8 @@ def test_nothing_to_mend() -> None:
         ({"ranks": [row | {"host": "one", "cores": 1} for row in HEALTHY["ranks"]]}, {}, "3 ranks train on 1 cores"),
         ({"ranks": [row | {"host": "one", "device": "cuda:0"} for row in HEALTHY["ranks"]]}, {}, "share 1 GPU"),
         ({"versions": {"mpi4py": None}}, {}, "slora-dist[mpi]"),
-        ({}, {"OMP_NUM_THREADS": "8"}, "run.threads"),
+        ({}, {"OMP_NUM_THREADS": "8"}, "run.threads decides"),
+        ({"ranks": [row | {"host": "one", "cores": 8} for row in HEALTHY["ranks"]]}, {}, "run.threads=2 would"),
     ],
 )
 def test_advice(change: dict[str, Any], environ: dict[str, str], words: str) -> None:

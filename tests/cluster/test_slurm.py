@@ -68,6 +68,19 @@ def test_an_array_sweeps_four_configurations(slurm: SlurmCluster, shared: Path) 
     assert {line["phase"] for line in lines(shared / "runs/fft", "metrics.jsonl")} == {"dense"}
 
 
+def test_a_study_is_one_array_job(slurm: SlurmCluster, shared: Path) -> None:
+    short = "{data.limit: 64, method.lowrank.rounds: 1, method.dense.rounds: 1, clients.epochs: 1}"
+    grid = "methods: {fft: {method.name: fft}, lora: {method.name: lora}}"
+    (shared / "study.yaml").write_text(f"base: configs/tiny.yaml\nset: {short}\n{grid}\n")
+    study = [sys.executable, "-m", "slora_dist", "study", "study.yaml", "--out", "cells"]
+    number = slurm(*study, "--slurm", "--jobs", "2", cwd=shared).split()[-1]
+    until(lambda: not slurm("squeue", "-h", "--jobs", number), "the end of the array", 120)
+    log = "".join(file.read_text() for file in shared.glob("*.out"))
+    assert {path.parent.parent.name for path in (shared / "cells").rglob("summary.json")} == {"fft", "lora"}, log
+    slurm(*study, "--tables-only", cwd=shared, timeout=120)
+    assert "| lora " in (shared / "cells/tables.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("script", "variable", "named", "overrides"),
     [
