@@ -72,10 +72,10 @@ def constants(rows: list[dict[str, Any]]) -> Constants:
     """Read the constants from the rows of results.json. Raises ``KeyError`` with the name of a row that has not been measured."""
     by_name = {row["name"]: row for row in rows}
     sparse, lora = by_name["step: 1% random mask, MiniLM, float32"], by_name["step: LoRA on all dense layers, MiniLM"]
-    full = sparse["beside"]["seconds"] / sparse["ratio"] / (STEP_TOKENS * MINILM_BODY)
+    one, ours = sparse["beside"]["seconds"] / (STEP_TOKENS * MINILM_BODY), sparse["beside"]["of a full step on our linear layers"]
     whole = by_name["overhead: gloo, all parameters (91 MB), wall"]["beside"]
     return Constants(
-        train={"full": full, "sparse": full * sparse["ratio"], "LoRA": full * lora["ratio"]},
+        train={"full": one / ours, "sparse": one, "LoRA": one / sparse["ratio"] * lora["ratio"]},
         mean=1e9 * by_name["mean: 8 updates, a whole MiniLM"]["beside"]["GB/s"],
         server=MINILM_BYTES / max(whole["ours s"] - whole["bare s"], 1e-3),
         accounts=1e-3 * by_name["ledger: share of a short round"]["beside"]["ms"] / 4,
@@ -118,7 +118,7 @@ def seconds(amount: float) -> str:
 
 def bits(amount: float) -> str:
     """Return a rate for people."""
-    return short(amount, ((1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s"), (1, "bit/s")))
+    return short(amount, ((1e12, "Tbit/s"), (1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s"), (1, "bit/s")))
 
 
 def crossings(known: Constants) -> str:

@@ -29,7 +29,7 @@ def spread(
         if set(tensors) != {f"{layer}/{part}" for layer in own for part in PARTS}:
             raise RunError(f"rank {rank} sent other factors than those of its layers")
         found |= {layer: _unpack(*(tensors[f"{layer}/{part}"] for part in PARTS)) for layer in own}
-    return found
+    return {layer: found[layer] for layer in layers if found}
 
 
 def _pack(found: Factors) -> list[tuple[str, Tensor]]:

@@ -51,7 +51,6 @@ class Job:
                     self.tracker.add(record)
         if self.tracker:
             self.tracker.close()
-        self.folder.wait()
         if session.is_root:
             self._leave_results(session)
 

@@ -81,11 +81,13 @@ class Session:
             for number in range(done + 1, last + 1):
                 yield self._round(stage, number)
                 if stop_after is not None and stop_after <= number < self.rounds:
+                    self.folder.wait()
                     return
             done = last
             if stage.at + 1 == len(self.phases):
                 break
             stage = self._open(stage.at + 1, stage)
+        self.folder.wait()
         self._last = stage
 
     def result(self) -> Result | None:

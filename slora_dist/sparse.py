@@ -26,7 +26,7 @@ from slora_dist.support import Slot, Support
 Gradient = Callable[[Tensor, Tensor], Tensor]  # (gradient of a layer's output, its input) -> gradient_n of the leaf
 
 # up to this density the sampled product, which exists in float32 only, beats a whole one in the precision that is computed in
-SAMPLED = {torch.float32: 0.15, torch.bfloat16: 0.03}
+SAMPLED = {torch.float32: 0.12, torch.bfloat16: 0.03}
 
 
 @dataclass

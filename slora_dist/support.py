@@ -113,16 +113,6 @@ class Support:
         """Return the model's values at the coordinates, float32 of length N."""
         return torch.cat([slot.take(model.get_parameter(slot.name)).float() for slot in self.slots])
 
-    def read_grad(self, model: nn.Module, grad_N: Tensor) -> None:
-        """Move the model's gradients at the coordinates into ``grad_N`` and clear them in the model."""
-        for slot, span in self.spans():
-            parameter = model.get_parameter(slot.name)
-            if parameter.grad is None:  # a layer that this batch did not reach
-                grad_N[span] = 0
-            else:
-                grad_N[span] = slot.take(parameter.grad)
-                parameter.grad = None
-
     @torch.no_grad()
     def write(self, model: nn.Module, values_N: Tensor) -> None:
         """Write the values into the model; no other weight moves by one bit."""

@@ -15,7 +15,7 @@ from torch import Tensor
 # ARPACK beats the full SVD on both speed and memory when the rank is a small share of the matrix; above it the full one is as fast.
 _FULL_ABOVE = 1 / 5
 _SPARSE_BELOW = 0.05  # density up to which products with a sparse matrix win
-_TOLERANCE = 1e-10  # of the Gram matrix's eigenvectors: finer than the float32 in which the factors are kept
+_TOLERANCE = 1e-9  # of the Gram matrix's eigenvectors: finer than the float32 in which the factors are kept
 
 
 @dataclass(frozen=True)

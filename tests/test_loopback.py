@@ -23,7 +23,7 @@ def _namespaces() -> str | None:
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("nbytes", [1 << 20, 12_000_001])
+@pytest.mark.parametrize("nbytes", [1 << 22, 12_000_001])
 def test_the_ledger_agrees_with_the_kernel_within_3_percent(nbytes: int, tmp_path: Path) -> None:
     if reason := _namespaces():
         pytest.skip(reason)

@@ -49,16 +49,6 @@ def test_no_other_weight_moves_by_one_bit(net: nn.Module) -> None:
     assert all(same_bits(parameter.detach()[~moved[name]], before[name][~moved[name]]) for name, parameter in net.named_parameters())
 
 
-def test_gradients_are_taken_and_cleared(net: nn.Module) -> None:
-    support, grad_N = Support(SLOTS), torch.full((23,), float("nan"))
-    net(torch.randn(6, 5)).square().sum().backward()
-    expected_N = torch.cat([slot.take(net.get_parameter(slot.name).grad) for slot in support.slots])  # type: ignore[arg-type]
-    support.read_grad(net, grad_N)
-    assert same_bits(grad_N, expected_N) and all(net.get_parameter(slot.name).grad is None for slot in support.slots)
-    support.read_grad(net, grad_N)
-    assert not grad_N.any(), "a layer that a batch did not reach has no gradient"
-
-
 def test_densify_puts_each_value_at_its_place() -> None:
     support, offset_N = Support(SLOTS), torch.arange(1.0, 24.0)
     dense = support.densify(offset_N)

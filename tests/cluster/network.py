@@ -17,7 +17,7 @@ from tests.cluster.processes import output
 
 NETWORK = "10.77.0"
 GUARD = ["route", "add", "unreachable", f"{NETWORK}.0/24"]
-SHAPE = ["root", "tbf", "burst", "32kb", "latency", "100ms", "rate"]
+SHAPE = ["root", "tbf", "burst", "32kb", "latency", "400ms", "rate"]  # a queue that TCP need not overrun
 ONE_FRAME = ["gso_max_segs", "1"]  # else counters see frames of 64 kB, and headers are under-counted
 
 
