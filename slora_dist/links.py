@@ -63,20 +63,19 @@ def _shares(caps: Sequence[float], capacity: float) -> list[float]:
 
 
 def tree(size: int) -> list[int]:
-    """Return when each rank has a broadcast down a binomial tree, in message times of one link; element 0 is when rank 0 has sent it.
+    """Return when each rank is through with a broadcast down a binomial tree, in message times of one link.
 
-    A rank sends to all its children at the same time, once it has the whole message: gloo's algorithm. Every link is alike.
+    A rank sends to all its children at the same time once it has the whole message, and is through when they have it: gloo's algorithm.
+    Every link is alike.
     """
-    arrival = [0] * size
-    for rank in range(size):
-        first = rank.bit_length()  # the children of a rank are those with one more bit above its highest
-        children = [rank | 1 << bit for bit in range(first, size.bit_length()) if rank | 1 << bit < size]
+    through = [0] * size
+    for rank in range(size):  # what stands there is when the message arrives: a parent's number is smaller than its children's
+        bits = range(rank.bit_length(), size.bit_length())  # the children of a rank have one more bit above its highest
+        children = [rank | 1 << bit for bit in bits if rank | 1 << bit < size]
+        through[rank] += len(children)
         for child in children:
-            arrival[child] = arrival[rank] + len(children)
-        if rank == 0:
-            own = len(children)
-    arrival[0] = own
-    return arrival
+            through[child] = through[rank]
+    return through
 
 
 @dataclass(frozen=True)
