@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+from slora_dist.scalars import TRACKERS
 
 
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:

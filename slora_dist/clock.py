@@ -6,8 +6,8 @@ Ranks on one machine share the monotonic clock. To another machine rank 0 sends 
 
 import struct
 import time
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from slora_dist.agreement import gather_bytes, tell
@@ -41,14 +41,13 @@ def _ask(comm: Metered, speaker: int) -> tuple[float, float]:
     """Return on rank 0 what the speaker's clock lacks to rank 0's, and half the round trip."""
     sent = time.perf_counter()
     tell(comm, [0], _LABEL)
-    answers = (_stamp() for _ in range(1))
-    (chunk_b,) = [chunk_b.clone() for _, _, chunk_b in comm.gather(answers if comm.rank == speaker else [], [speaker], _LABEL, 8)] or [
-        torch.zeros(8, dtype=torch.uint8)
-    ]
+    theirs = 0.0
+    for _, _, chunk_b in comm.gather(_stamp() if comm.rank == speaker else [], [speaker], _LABEL, 8):
+        (theirs,) = _CLOCK.unpack(chunk_b.numpy().tobytes())
     received = time.perf_counter()
-    (theirs,) = _CLOCK.unpack(chunk_b.numpy().tobytes())
     return (sent + received) / 2 - theirs, (received - sent) / 2
 
 
-def _stamp() -> Tensor:
-    return as_bytes(_CLOCK.pack(time.perf_counter()))
+def _stamp() -> Iterator[Tensor]:
+    """Yield this rank's clock as it is when the message is asked for."""
+    yield as_bytes(_CLOCK.pack(time.perf_counter()))

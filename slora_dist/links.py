@@ -78,6 +78,19 @@ def tree(size: int) -> list[int]:
     return through
 
 
+def sent_to_each(links: Sequence[Link], capacity: float, nbytes: int) -> list[float]:
+    """Return when each client has the message of which the server sends every client a copy, over its link of ``capacity`` Mbit/s."""
+    sent = fair([0.0] * len(links), [nbytes] * len(links), [link.down_mbit for link in links], capacity)
+    return [end + link.latency for end, link in zip(sent, links, strict=True)]
+
+
+def passed_on(links: Sequence[Link], capacity: float, nbytes: int) -> list[float]:
+    """Return when rank 0 and the ranks behind ``links`` are through with a broadcast down the tree, at the rate of the slowest link."""
+    once = seconds(nbytes, min([capacity, *(link.down_mbit for link in links)]))
+    latencies = [0.0, *(link.latency for link in links)]
+    return [turns * once + latencies[rank] * rank.bit_count() for rank, turns in enumerate(tree(len(links) + 1))]
+
+
 @dataclass(frozen=True)
 class Exchange:
     """A client's round: when it had the message, had trained, and when its update had arrived, in seconds since the round began."""
@@ -93,8 +106,7 @@ def play(links: Sequence[Link], capacity: float, nbytes: tuple[int, int], train:
     ``capacity`` is the server's link in Mbit/s each way, ``nbytes`` the message down and up, ``train`` each client's seconds of training.
     """
     count, (down, up) = len(links), nbytes
-    sent = fair([0.0] * count, [down] * count, [link.down_mbit for link in links], capacity)
-    downloaded = [end + link.latency for end, link in zip(sent, links, strict=True)]
+    downloaded = sent_to_each(links, capacity, down)
     trained = [end + spent for end, spent in zip(downloaded, train, strict=True)]
     received = fair(trained, [up] * count, [link.up_mbit for link in links], capacity)
     uploaded = [end + link.latency for end, link in zip(received, links, strict=True)]
@@ -103,11 +115,9 @@ def play(links: Sequence[Link], capacity: float, nbytes: tuple[int, int], train:
 
 def play_collective(links: Sequence[Link], capacity: float, nbytes: tuple[int, int], train: Sequence[float]) -> list[Exchange]:
     """Return every client's round when each is a rank: the message comes down a tree, and updates are read one after the other."""
-    once = seconds(nbytes[0], min([capacity, *(link.down_mbit for link in links)]))
-    turns = tree(len(links) + 1)
+    _, *arrivals = passed_on(links, capacity, nbytes[0])
     rounds, free = list[Exchange](), 0.0
-    for rank, (link, spent) in enumerate(zip(links, train, strict=True), start=1):
-        downloaded = turns[rank] * once + link.latency * rank.bit_count()
+    for link, downloaded, spent in zip(links, arrivals, train, strict=True):
         trained = downloaded + spent
         free = max(free, trained + link.latency) + seconds(nbytes[1], min(link.up_mbit, capacity))
         rounds.append(Exchange(downloaded, trained, free))

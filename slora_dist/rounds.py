@@ -8,7 +8,6 @@ Legend: N coordinates, n a stretch of them, B bytes.
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -159,9 +158,9 @@ class Session:
         offset_N = previous.server.offset_N if previous.server else None
         if self._spreads(phase):
             offset_N = torch.empty(previous.coordinates.numel) if offset_N is None else offset_N.contiguous()
-            label = Label(methods.names(self.config.method)[previous.at + 1], previous.first + previous.phase.rounds, "control", {})
             wire_B = offset_N.view(torch.uint8)
-            self.comm.broadcast(wire_B, replace(label, by_kind={"offset": wire_B.numel()}), clients=1)
+            name, number = methods.names(self.config.method)[previous.at + 1], previous.first + previous.phase.rounds
+            self.comm.broadcast(wire_B, Label(name, number, "control", {"offset": wire_B.numel()}), clients=1)
         return offset_N
 
     def _spread(self, previous: Stage, stage: Stage, learned: Mapping[str, Tensor]) -> dict[str, Factors]:

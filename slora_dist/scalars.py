@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from slora_dist.errors import ConfigError
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}  # library: its pip package
 Record = Mapping[str, Any]  # a line of metrics.jsonl
 
 
@@ -61,7 +60,7 @@ def _library(name: str, module: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise ConfigError(name, "is not installed", f"pip install {PACKAGES[name]}, or another of {', '.join(PACKAGES)}") from None
+        raise ConfigError(name, "is not installed", f"pip install {name}, or another of {', '.join(TRACKERS)}") from None
 
 
 def _tensorboard(name: str, settings: Mapping[str, Any], folder: Path) -> Sink:

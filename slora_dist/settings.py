@@ -14,17 +14,23 @@ from slora_dist.section import Section, explain
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read the YAML file at ``path``, lay ``section.key=value`` overrides over it, and validate. Raises ``ConfigError``."""
+    tree = read_mapping(path, Config, "settings", "settings")
+    for override in overrides:
+        _lay_over(tree, override)
+    return validate(tree)
+
+
+def read_mapping(path: str | Path, section: type[Section], content: str, form: str) -> dict[str, Any]:
+    """Return the mapping that the YAML file at ``path`` holds; ``content`` and ``form`` name it in errors. Raises ``ConfigError``."""
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"cannot be read ({error.__class__.__name__})", "a readable YAML file") from None
     except yaml.YAMLError as error:
-        raise ConfigError(str(path), f"is not YAML: {' '.join(str(error).split())}", "a YAML file of settings") from None
+        raise ConfigError(str(path), f"is not YAML: {' '.join(str(error).split())}", f"a YAML file of {form}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(str(path), "holds no settings", f"a mapping with {', '.join(Config.model_fields)}")
-    for override in overrides:
-        _lay_over(tree, override)
-    return validate(tree)
+        raise ConfigError(str(path), f"holds no {content}", f"a mapping with {', '.join(section.model_fields)}")
+    return tree
 
 
 def validate(tree: dict[str, Any]) -> Config:

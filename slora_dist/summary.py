@@ -1,5 +1,6 @@
 """The figures of a finished run, re-derived from its own ledger and metrics."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from slora_dist.config import Config
@@ -37,8 +38,7 @@ def summarize(config: Config, folder: RunFolder, classifier: Classifier, switch:
 def _seconds(metrics: list[dict[str, Any]]) -> dict[str, float]:
     parts: dict[str, float] = {}
     for line in metrics:
-        for part, seconds in line["seconds"].items():
-            parts[part] = parts.get(part, 0.0) + seconds
+        _add(parts, line["seconds"])
     return parts
 
 
@@ -66,6 +66,6 @@ def _counted(counters: list[Row]) -> Row:
     return {"tcp": tcp, "interfaces": interfaces}
 
 
-def _add(sums: dict[str, int], counts: dict[str, int]) -> None:
+def _add(sums: dict[str, Any], counts: Mapping[str, Any]) -> None:
     for name, count in counts.items():
         sums[name] = sums.get(name, 0) + count

@@ -12,7 +12,7 @@ from typing import Literal, NoReturn
 from torch import Tensor
 
 from slora_dist.comm.base import Chunk, Communicator
-from slora_dist.links import Link, fair, seconds, tree
+from slora_dist.links import Link, passed_on, seconds, sent_to_each
 
 
 class Shaped:
@@ -74,8 +74,6 @@ class Shaped:
     def _arrivals(self, nbytes: int) -> dict[int, float]:
         """Return when each rank has a broadcast, in seconds after rank 0 began to send it."""
         if self.direct:
-            ranks = list(self.links)
-            ends = fair([0.0] * len(ranks), [nbytes] * len(ranks), [self.links[rank].down_mbit for rank in ranks], self.capacity)
-            return {0: 0.0} | {rank: end + self.links[rank].latency for rank, end in zip(ranks, ends, strict=True)}
-        once = seconds(nbytes, min(self.capacity, *(link.down_mbit for link in self.links.values())))
-        return {rank: turns * once + self.links.get(rank, Link()).latency * rank.bit_count() for rank, turns in enumerate(tree(self.size))}
+            return {0: 0.0, **dict(zip(self.links, sent_to_each(list(self.links.values()), self.capacity, nbytes), strict=True))}
+        links = [self.links.get(rank, Link()) for rank in range(1, self.size)]
+        return dict(enumerate(passed_on(links, self.capacity, nbytes)))

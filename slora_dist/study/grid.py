@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from slora_dist import settings
@@ -91,14 +90,7 @@ def cell(study: Study, number: int) -> Cell:
 
 
 def _parse(path: Path) -> StudyFile:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"cannot be read ({error.__class__.__name__})", "a readable YAML file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), f"is not YAML: {' '.join(str(error).split())}", "a YAML file of a study") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(str(path), "holds no study", f"a mapping with {', '.join(StudyFile.model_fields)}")
+    tree = settings.read_mapping(path, StudyFile, "study", "a study")
     try:
         return StudyFile.model_validate(tree)
     except ValidationError as error:
