@@ -42,14 +42,14 @@ class Stopwatch:
 
 def play(transport: str, folder: str) -> None:
     """Play rounds on this rank and leave what its accounts and its rounds took."""
-    from slora_dist import rounds
     from slora_dist.journal import Journal
     from slora_dist.ledger import Ledger
+    from slora_dist.rounds import session as module
     from slora_dist.runfolder import RunFolder
 
     comm, watch = join(transport), Stopwatch()
-    watch.around(rounds, "gather_bytes", lambda _, mine, label: "ledger" in label.by_kind)
-    watch.around(rounds, "settle")
+    watch.around(module, "gather_bytes", lambda _, mine, label: "ledger" in label.by_kind)
+    watch.around(module, "settle")
     watch.around(Journal, "take")
     watch.around(Ledger, "add")
     watch.around(RunFolder, "append")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import RUNS, Row, interleave, middle, ratio
-from slora_dist.aggregate import Mean
+from slora_dist.aggregate.mean import Mean
 from slora_dist.comm.base import BUCKET, cut
 from slora_dist.masks import random_mask
 from slora_dist.support import Slot, Support

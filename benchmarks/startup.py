@@ -18,11 +18,12 @@ IMPORTS = "import time, torch, transformers, peft; print(time.monotonic())"
 # the command itself; its first round says the time and leaves
 FIRST_ROUND = """
 import os, sys, time
-from slora_dist import cli, rounds
+from slora_dist import cli
+from slora_dist.rounds import session
 def leave(*_):
     print(time.monotonic(), flush=True)
     os._exit(0)
-rounds.Session._round = leave
+session.Session._round = leave
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -35,7 +35,7 @@ def rehearse(config: Config, comm: Communicator, device: torch.device) -> dict[s
             return None
         metrics = job.folder.lines("metrics")
         usual = statistics.median(line["num_examples"] // len(line["clients"]) for line in metrics)
-        documents = session.federation.sizes or [int(usual)] * config.clients.count
+        documents = session.seat.federation.sizes or [int(usual)] * config.clients.count
         return {"documents": documents, "phases": _phases(config, job.folder, documents, comm.size)}
 
 

@@ -19,7 +19,8 @@ from slora_dist.errors import ConfigError
 from slora_dist.ledger import Ledger
 from slora_dist.network import Network, check_network
 from slora_dist.roundplan import check_world, home
-from slora_dist.rounds import Session
+from slora_dist.rounds.seat import Seat
+from slora_dist.rounds.session import Session
 from slora_dist.runfolder import Checkpoint, RunFolder
 from slora_dist.scalars import Scalars
 from slora_dist.summary import summarize
@@ -80,11 +81,11 @@ class Job:
         for phase in self.config.method.resolved():
             methods.support(phase, classifier, self.config.method, self.config.run.seed)
         network = Network(self.config, self.shaped)
-        session = Session(self.config, self.comm, classifier, federation, self.folder, self.device, self.where, network)
-        if session.is_root:
-            session.test = federation.test()
+        seat = Seat(self.config, self.comm, classifier, federation, self.folder, self.device, self.where, network)
+        if seat.is_root:
+            seat.test = federation.test()
             self._open_folder(resume)
-        return session
+        return Session(seat)
 
     def _open_folder(self, resume: bool) -> None:
         if resume:
@@ -98,7 +99,7 @@ class Job:
         if result is None:
             show.stopped(self.folder)
             return
-        summary = summarize(self.config, self.folder, session.classifier, session.switch, self.comm.size)
+        summary = summarize(self.config, self.folder, session.seat.classifier, session.seat.switch, self.comm.size)
         export.write(result, self.folder.adapter)
         self.folder.write_summary(summary)
         self.folder.write_parquet()

@@ -35,11 +35,11 @@ def plan_round(config: Config, number: int, size: int, examples: Sequence[int] |
     """Plan round ``number`` (from 1) for ``size`` ranks: K of N clients, uniform, without replacement.
 
     With ``examples`` (documents of each client) the clients are spread so that the most loaded rank has little more than its share:
-    the largest first, each to the least loaded rank. Without (each client its own file) a client stays at its home.
+    the largest first, each to the least loaded rank. A client whose file or state is only there stays at its home.
     """
     order = permutation(config.clients.count, derive(config.run.seed, "sample", number))
     clients = sorted(int(client) for client in order[: config.sampled])
-    if examples is None:
+    if config.at_home or examples is None:
         return RoundPlan(tuple(clients), tuple(home(client, size) for client in clients))
     ranks = dict(zip(clients, workers(size), strict=False)) if len(clients) <= len(workers(size)) else _spread(clients, size, examples)
     return RoundPlan(tuple(clients), tuple(ranks[client] for client in clients))
@@ -47,8 +47,8 @@ def plan_round(config: Config, number: int, size: int, examples: Sequence[int] |
 
 def check_world(config: Config, size: int) -> None:
     """Raise ``ConfigError`` when there are more worker ranks than clients in a round: some would never train."""
-    busy = config.clients.count if config.client_files else config.sampled
-    setting = "clients.count" if config.client_files else "clients.per_round"
+    busy = config.clients.count if config.at_home else config.sampled
+    setting = "clients.count" if config.at_home else "clients.per_round"
     if len(workers(size)) > busy:
         raise ConfigError(
             setting, f"{busy} clients cannot occupy {size - 1} worker ranks", f"1 to {busy + 1} ranks: a server and its workers"

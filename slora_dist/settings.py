@@ -74,7 +74,7 @@ def document() -> str:
     lines = [
         "# Settings",
         "",
-        "Made from the definitions in `slora_dist/config.py`; a test keeps it true.",
+        "Made from the definitions in `slora_dist/config/`; a test keeps it true.",
         "Every setting can be given in YAML or as `section.key=value` on the command line.",
         "",
     ]

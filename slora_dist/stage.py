@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slora_dist.aggregate import Server
+from slora_dist.aggregate.server import Server
 from slora_dist.evaluate import Score
 from slora_dist.ledger import Direction, Label
 from slora_dist.methods import AnyPhase, Start

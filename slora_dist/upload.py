@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slora_dist.aggregate import Mean
+from slora_dist.aggregate.mean import Mean
 from slora_dist.agreement import tell
 from slora_dist.comm.metered import Metered
 from slora_dist.ledger import Label

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slora_dist.aggregate import Mean, Server
+from slora_dist.aggregate.mean import Mean
+from slora_dist.aggregate.server import Server
 from slora_dist.config import ServerConfig
 
 N, T = 1000, 6

@@ -17,7 +17,7 @@ LEVELS = (
     "aggregate data",
     "model network roundplan",
     "methods",
-    "agreement client clock evaluate export handover plan runfolder stage summary timing upload",
+    "agreement client clientstate clock evaluate export handover plan runfolder stage summary timing upload",
     "rounds",
     "audit device job report scalars show study",
     "calibrate",
@@ -81,7 +81,7 @@ def test_every_room_has_its_level() -> None:
 
 
 def test_transports_and_methods_meet_in_rounds_only() -> None:
-    meeting = [path.stem for path in FILES if {"comm", "methods"} <= rooms_used(path)]
+    meeting = [room(path) for path in FILES if {"comm", "methods"} <= rooms_used(path)]
     assert set(meeting) <= {"rounds", "job"}
     assert not any("support" in rooms_used(path) for path in (PACKAGE / "comm").glob("*.py")), "transports move bytes"
 

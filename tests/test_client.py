@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from slora_dist import methods
-from slora_dist.aggregate import Mean, Server
+from slora_dist.aggregate.mean import Mean
+from slora_dist.aggregate.server import Server
 from slora_dist.client import Recipe, Update, train
 from slora_dist.config import ClientsConfig, DensePhase, LowrankPhase, MethodConfig, ServerConfig, SparsePhase
 from slora_dist.data.tokens import Encoded, batches

@@ -9,7 +9,7 @@ from slora_dist.config import Config
 from slora_dist.errors import ConfigError
 from tests.tiny import ROOT, tiny
 
-REGENERATE = """docs/settings.md is not what config.py says; make it anew:
+REGENERATE = """docs/settings.md is not what config/ says; make it anew:
     python -c "from slora_dist.settings import document; print(document(), end='')" > docs/settings.md"""
 
 

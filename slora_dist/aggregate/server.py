@@ -1,9 +1,9 @@
-"""What rank 0 does with updates: a streaming mean, and the server optimiser on it.
+"""The server optimiser: what rank 0 does with the mean update.
 
 FedAvg, FedAvgM, FedAdam and FedYogi are one thing: an optimiser that takes the negative mean update for a gradient (Reddi et al. 2021,
 "Adaptive Federated Optimization"). SGD with learning rate 1 equals averaging bit for bit.
 
-Legend: N coordinates, n a stretch of them.
+Legend: N coordinates.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,26 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from slora_dist.config import ServerConfig
-
-
-class Mean:
-    """The weighted mean of updates that arrive stretch by stretch; memory O(N), whatever the number of clients."""
-
-    def __init__(self, numel: int) -> None:
-        self._sum_N = torch.zeros(numel)
-        self._weight = 0.0
-
-    def count(self, weight: float) -> None:
-        """Announce a client of ``weight``, before its first stretch."""
-        self._weight += weight
-
-    def add(self, start: int, values_n: Tensor, weight: float) -> None:
-        """Add a stretch of a client's update that begins at coordinate ``start``."""
-        self._sum_N[start : start + values_n.numel()].add_(values_n.to(self._sum_N.device), alpha=weight)
-
-    def result(self) -> Tensor:
-        """Return the mean over all clients that were counted; the sum becomes it, so that this is asked for once."""
-        return self._sum_N.div_(self._weight)
 
 
 class Yogi(torch.optim.Optimizer):

@@ -1,0 +1,54 @@
+"""What a client keeps from round to round, on the rank that plays it and nowhere else: residuals, control variates, private weights.
+
+Each client has a folder of its own in ``RUN/clients`` with its state after each of the last two rounds in which it took part, so that a
+round that has to be played again finds the state from before it. A run that is resumed on another number of ranks reads the same files:
+for that the run folder has to lie where all ranks see it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slora_dist.errors import RunError
+
+KEPT = 2
+
+
+class ClientStates:
+    """The states of the clients that this rank plays."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / "clients"
+
+    def load(self, client: int, number: int) -> dict[str, Tensor]:
+        """Return the state with which ``client`` comes into round ``number``; empty when it takes part for the first time."""
+        earlier = [path for at, path in self._states(client) if at < number]
+        if not earlier:
+            return {}
+        try:
+            state: dict[str, Tensor] = load_file(earlier[-1])
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"the state of client {client} in {earlier[-1]} cannot be read: {error}") from error
+        return state
+
+    def save(self, client: int, number: int, state: Mapping[str, Tensor]) -> None:
+        """Keep the state that ``client`` has after round ``number``."""
+        folder = self._folder(client)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"round-{number:05d}.safetensors"
+        draft = path.with_suffix(".part")
+        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, draft)
+        draft.replace(path)
+        later = [old for at, old in self._states(client) if at > number]  # of rounds that are played again
+        for old in [*later, *[old for at, old in self._states(client) if at <= number][:-KEPT]]:
+            old.unlink()
+
+    def _states(self, client: int) -> list[tuple[int, Path]]:
+        found = self._folder(client).glob("round-*.safetensors")
+        return sorted((int(path.stem.removeprefix("round-")), path) for path in found)
+
+    def _folder(self, client: int) -> Path:
+        return self._path / f"client-{client:05d}"

@@ -1,0 +1,19 @@
+"""Settings of the clients."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from slora_dist.section import NonNegative, Section
+
+
+class ClientsConfig(Section):
+    """Who takes part, and how a client trains."""
+
+    count: int = Field(4, ge=1, description="N, the clients that there are.")
+    per_round: int | None = Field(None, ge=1, description="K, the clients sampled each round, without replacement. Empty: all.")
+    epochs: int = Field(1, ge=1, description="Local epochs each round.")
+    steps: int | None = Field(None, ge=1, description="Local optimiser steps each round, in place of epochs.")
+    batch_size: int = Field(32, ge=1, description="Documents in a local step.")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Local optimiser, made anew each round.")
+    weight_decay: NonNegative = Field(0.0, description="Weight decay of the local optimiser; it moves trainable weights only.")

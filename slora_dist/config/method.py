@@ -1,0 +1,122 @@
+"""Settings of methods: kinds of phase, and the presets that are made of them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from slora_dist.errors import ConfigError
+from slora_dist.section import Positive, Real, Section, explain
+
+
+class Phase(Section):
+    """What every phase has."""
+
+    rounds: int = Field(10, ge=1, description="Rounds of the phase.")
+    lr: Positive = Field(5e-4, description="Local learning rate in the phase's first round.")
+    lr_decay: Positive = Field(1.0, description="Factor on the learning rate from each round to the next.")
+
+
+class SparsePhase(Phase):
+    """Fine-tuning of a fixed random share of the weights (SLoRA stage 1, SFT)."""
+
+    kind: Literal["sparse"] = "sparse"
+    mask: Literal["random", "rows", "columns", "product"] = Field(
+        "random",
+        description="Which entries of a matrix: single ones (the paper), whole rows or columns, or the crossings of sqrt(density) of both. Vectors: single ones.",
+    )
+    density: Real = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of every masked tensor that trains, above 0 and up to 1: exactly round(density x numel) entries, or the nearest whole rows and columns.",
+    )
+    scope: Literal["all", "targets"] = Field(
+        "all", description="What the mask covers: all backbone weights, or only the matrices that `method.lowrank.targets` names."
+    )
+
+
+class DensePhase(Phase):
+    """Fine-tuning of all weights (FFT, the first stage of primed_fft)."""
+
+    kind: Literal["dense"] = "dense"
+
+
+class LowrankPhase(Phase):
+    """LoRA. After another phase the factors start from the SVD of its update (SLoRA stage 2); alone, A is random and B zero."""
+
+    kind: Literal["lowrank"] = "lowrank"
+    rank: int = Field(8, ge=1, description="Rank of the factors.")
+    ranks: dict[str, int] = Field({}, description="Other ranks by module name ending, e.g. `{pooler.dense: 18}`.")
+    alpha: Positive | None = Field(
+        None, description="LoRA alpha; the product is scaled by alpha / rank. Empty: each module's rank, so that the scale is 1."
+    )
+    targets: Literal["all", "attention"] | list[str] = Field(
+        "all", description="Every dense layer but embeddings and head, the attention matrices, or a list of module name endings."
+    )
+    dropout: Real = Field(0.0, ge=0, lt=1, description="Dropout before A.")
+    residual: Literal["drop", "keep"] = Field(
+        "drop", description="What the SVD cuts off at the switch: forget it (the paper), or fold it into the frozen base."
+    )
+    remainder: Literal["drop", "keep"] = Field(
+        "drop",
+        description="The first phase's change of what is no LoRA target (embeddings, biases, norms): forget it, or keep it in the frozen base.",
+    )
+    split: Literal["us", "sqrt"] = Field("us", description="Where the singular values go: all to B (the paper), or their roots to both.")
+
+
+AnyPhase = Annotated[SparsePhase | DensePhase | LowrankPhase, Field(discriminator="kind")]
+
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "slora": ("sparse", "lowrank"),
+    "primed_fft": ("dense", "lowrank"),
+    "sft": ("sparse",),
+    "lora": ("lowrank",),
+    "fft": ("dense",),
+}
+
+
+class MethodConfig(Section):
+    """A method is a list of phases; the named ones are presets of that form."""
+
+    name: Literal["slora", "primed_fft", "sft", "lora", "fft", "custom"] = Field(
+        "slora", description="Preset: its phases take their settings from the sections below. `custom` is the list in `method.phases`."
+    )
+    sparse: SparsePhase = Field(SparsePhase(), description="Settings of sparse phases.")
+    dense: DensePhase = Field(DensePhase(), description="Settings of dense phases.")
+    lowrank: LowrankPhase = Field(LowrankPhase(), description="Settings of low-rank phases.")
+    phases: list[dict[str, Any]] = Field(
+        [], description="For `custom`: each entry has a `kind` and whatever differs from that kind's section."
+    )
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "MethodConfig":
+        if (self.name == "custom") != bool(self.phases):
+            raise ConfigError(
+                "method.phases",
+                f"{'empty' if not self.phases else 'given'} with method.name {self.name}",
+                "a list of phases with `name: custom`, none with a preset",
+            )
+        for at, phase in enumerate(self.resolved()):
+            if phase.kind == "sparse" and at > 0:
+                raise ConfigError(
+                    f"method.phases.{at}.kind",
+                    "a sparse phase cannot take over what an earlier phase learned",
+                    "sparse first; dense or lowrank later",
+                )
+        return self
+
+    def resolved(self) -> tuple[SparsePhase | DensePhase | LowrankPhase, ...]:
+        """Return the phases in order, every setting filled in."""
+        if self.name != "custom":
+            return tuple(getattr(self, kind) for kind in PRESETS[self.name])
+        return tuple(self._custom(at, entry) for at, entry in enumerate(self.phases))
+
+    def _custom(self, at: int, entry: dict[str, Any]) -> SparsePhase | DensePhase | LowrankPhase:
+        section: SparsePhase | DensePhase | LowrankPhase | None = getattr(self, str(entry.get("kind")), None)
+        if not isinstance(section, Phase):
+            raise ConfigError(f"method.phases.{at}.kind", f"{entry.get('kind')!r} is no kind of phase", "sparse, dense or lowrank")
+        try:
+            return type(section).model_validate(section.model_dump() | entry)
+        except ValidationError as error:
+            raise explain(error, type(section), f"method.phases.{at}.") from None

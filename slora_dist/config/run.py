@@ -1,0 +1,75 @@
+"""Settings of one run, and all sections together."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from slora_dist.config.clients import ClientsConfig
+from slora_dist.config.comm import CommConfig, WireConfig
+from slora_dist.config.data import DataConfig
+from slora_dist.config.method import MethodConfig
+from slora_dist.config.model import ModelConfig
+from slora_dist.config.network import NetworkConfig
+from slora_dist.config.server import ServerConfig
+from slora_dist.errors import ConfigError
+from slora_dist.section import Section
+
+
+class RunConfig(Section):
+    """What belongs to this one run."""
+
+    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models are trained; `auto` takes CUDA when there is one.")
+    threads: int = Field(1, ge=1, description="CPU threads of a rank. Part of what fixes the bits: sums depend on it.")
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    clients: ClientsConfig = ClientsConfig()
+    method: MethodConfig = MethodConfig()
+    server: ServerConfig = ServerConfig()
+    comm: CommConfig = CommConfig()
+    network: NetworkConfig = NetworkConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def sampled(self) -> int:
+        """K, the clients of a round."""
+        return self.clients.per_round or self.clients.count
+
+    def steps(self, documents: int) -> int:
+        """Return the local optimiser steps in a round of a client with as many documents."""
+        return self.clients.steps or self.clients.epochs * -(-documents // self.clients.batch_size)
+
+    @property
+    def client_files(self) -> bool:
+        """Whether each client has a file of its own."""
+        return "{client}" in self.data.path
+
+    @property
+    def at_home(self) -> bool:
+        """Whether every client stays on one rank over the whole run, because its data or its state is only there."""
+        return self.client_files
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "Config":
+        if self.sampled > self.clients.count:
+            raise ConfigError(
+                "clients.per_round", f"{self.sampled} sampled of {self.clients.count} clients", f"1 to clients.count = {self.clients.count}"
+            )
+        if self.model.name is None and "model_type" not in self.model.config:
+            raise ConfigError("model.name", "no model", "a folder or name, or `model.config` with a `model_type`")
+        if self.data.partition == "natural" and not self.data.client_column and not self.client_files:
+            raise ConfigError("data.client_column", "missing", "the column that names the client, with `data.partition: natural`")
+        if self.comm.collective != "gather" and self.comm.wire != WireConfig():
+            raise ConfigError(
+                "comm.collective", f"{self.comm.collective} with another wire", "gather, or float32 values with implicit indices"
+            )
+        if self.client_files and self.data.labels is None:
+            raise ConfigError("data.labels", "missing", "the number of classes or their names, when each client has its own file")
+        if self.client_files and self.data.test_path is None:
+            raise ConfigError("data.test_path", "missing", "a held-out file, when each client has its own file")
+        return self

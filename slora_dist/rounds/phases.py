@@ -1,0 +1,151 @@
+"""How a rank enters a phase: at the start of a run, at a switch, which hands over what was learned, and when a run is resumed.
+
+Legend: N coordinates, B bytes.
+"""
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from slora_dist import methods, upload
+from slora_dist.aggregate.server import Server
+from slora_dist.agreement import gather_bytes
+from slora_dist.config import AnyPhase, LowrankPhase
+from slora_dist.errors import RunError
+from slora_dist.evaluate import Score
+from slora_dist.handover import spread
+from slora_dist.ledger import Label
+from slora_dist.model import head_parameters
+from slora_dist.roundplan import home
+from slora_dist.rounds.seat import Seat
+from slora_dist.runfolder import Checkpoint
+from slora_dist.stage import Stage, switch_record
+from slora_dist.svd import Factors
+from slora_dist.wire import Wire
+
+
+def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
+    """Begin phase ``at``: take over what ``previous`` learned, and put the base back to the weights that all ranks know."""
+    seat.where.operation, began = "switch", time.perf_counter()
+    learned: dict[str, Tensor] = {}
+    found = None
+    if previous:
+        offset_N = _last_offset(seat, previous, seat.phases[at])
+        if offset_N is not None:
+            learned = methods.learned(previous.phase, seat.classifier, previous.coordinates, offset_N)
+        previous.coordinates.write(seat.net, previous.reference_N)
+    stage = _enter(seat, at)
+    _compare_fingerprints(seat, stage, stage.first)
+    if previous and _spreads(seat, stage.phase):
+        found = _spread(seat, previous, stage, learned)
+    if seat.is_root:
+        start = methods.begin(stage.phase, seat.classifier, stage.coordinates, learned, seat.config.run.seed, found)
+        stage.server = Server(seat.config.server, start.offset_N)
+    if previous and methods.keeps(stage.phase):
+        _fold(seat, previous, stage)
+    if previous and seat.is_root:
+        with seat.journal.span("evaluate", stage.name, stage.first):
+            before, after = seat.score, seat.evaluate(stage)
+        assert before
+        seat.switch = switch_record(before, after, start)
+    if previous:
+        seat.journal.note("switch", stage.name, stage.first, began, time.perf_counter() - began)
+    return stage
+
+
+def restore(seat: Seat, at: int, number: int, resumed: Checkpoint | None) -> Stage:
+    """Enter phase ``at`` as it was after round ``number``; ``resumed`` is rank 0's."""
+    seat.where.operation = "resume"
+    if any(methods.keeps(phase) for phase in seat.phases[1 : at + 1]):
+        _restore_base(seat, number, at)
+    stage = _enter(seat, at)
+    _compare_fingerprints(seat, stage, number + 1)
+    if resumed:
+        stage.server = Server(seat.config.server, resumed.tensors["offset"])
+        stage.server.restore(resumed.tensors)
+        seat.switch, seat.score = resumed.values["switch"], Score(**resumed.values["score"]) if resumed.values["score"] else None
+    return stage
+
+
+def _enter(seat: Seat, at: int) -> Stage:
+    """Enter phase ``at`` on a network that holds the base weights."""
+    phase, name = seat.phases[at], methods.names(seat.config.method)[at]
+    coordinates = methods.support(phase, seat.classifier, seat.config.method, seat.config.run.seed)
+    methods.enter(phase, seat.classifier, coordinates)
+    seat.net.to(seat.device)
+    wire = Wire(coordinates, seat.config.comm.wire.values, seat.config.comm.wire.indices)
+    first = 1 + sum(earlier.rounds for earlier in seat.phases[:at])
+    seat.where.phase = name
+    return Stage(at, name, phase, first, coordinates, wire, coordinates.reference(seat.net), None, _collective(seat, wire, name, first))
+
+
+def _collective(seat: Seat, wire: Wire, name: str, number: int) -> str:
+    seat.where.operation = "probe"
+    chosen = seat.config.comm.collective
+    return upload.choose(seat.comm, wire, name, number) if chosen == "auto" else chosen
+
+
+def _spreads(seat: Seat, phase: AnyPhase) -> bool:
+    return seat.config.server.svd == "ranks" and seat.comm.size > 1 and isinstance(phase, LowrankPhase)
+
+
+def _last_offset(seat: Seat, previous: Stage, phase: AnyPhase) -> Tensor | None:
+    """Return what ``previous`` has learned on rank 0, and on all ranks where all of them will factor it."""
+    offset_N = previous.server.offset_N if previous.server else None
+    if _spreads(seat, phase):
+        offset_N = torch.empty(previous.coordinates.numel) if offset_N is None else offset_N.contiguous()
+        wire_B = offset_N.view(torch.uint8)
+        name, number = methods.names(seat.config.method)[previous.at + 1], previous.first + previous.phase.rounds
+        seat.comm.broadcast(wire_B, Label(name, number, "control", {"offset": wire_B.numel()}), clients=1)
+    return offset_N
+
+
+def _spread(seat: Seat, previous: Stage, stage: Stage, learned: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Let every rank factor its share of the matrices; rank 0 gets all factors."""
+    phase, layers = stage.phase, methods.factorable(stage.phase, seat.classifier, previous.coordinates)
+    assert isinstance(phase, LowrankPhase)
+    label = stage.label(stage.first, "control", {"factors": 0})
+    return spread(seat.comm, layers, lambda own: methods.factored(phase, seat.classifier, learned, own), label)
+
+
+def _fold(seat: Seat, previous: Stage, stage: Stage) -> None:
+    """Let the frozen base of every rank take over what the factors leave out: the two vectors travel once to every client."""
+    label_before = Label(stage.name, stage.first, "down", previous.wire.by_kind())
+    before_N = seat.send_down(previous.wire, previous.server, label_before, _hosted(seat))
+    after_N = seat.send_down(stage.wire, stage.server, stage.label(stage.first, "down"), _hosted(seat))
+    before = methods.learned(previous.phase, seat.classifier, previous.coordinates, before_N)
+    factors = methods.learned(stage.phase, seat.classifier, stage.coordinates, after_N)
+    assert isinstance(stage.phase, LowrankPhase)
+    change = methods.base_change(stage.phase, before, factors, head_parameters(seat.classifier))
+    methods.add_to_base(seat.classifier, change)
+    if seat.is_root:
+        seat.base |= methods.base_weights(seat.classifier, change)
+        seat.folder.save_base(seat.base, stage.at)
+
+
+def _hosted(seat: Seat) -> int:
+    """How many of all clients this rank answers for, where a message goes to all of them and not to a round's sample."""
+    return sum(home(client, seat.comm.size) == seat.comm.rank for client in range(seat.config.clients.count))
+
+
+def _restore_base(seat: Seat, number: int, at: int) -> None:
+    """Bring every rank's base to where the folds before the checkpoint have brought it: weights, since a sum of folds may round."""
+    if seat.is_root:
+        seat.base = seat.folder.load_base(max(fold for fold in range(1, at + 1) if methods.keeps(seat.phases[fold])))
+    weights = {name: seat.base.get(name, parameter.detach()).cpu() for name, parameter in seat.net.named_parameters()}
+    wire_B = torch.cat([weight.reshape(-1) for weight in weights.values()]).view(torch.uint8)
+    seat.comm.broadcast(wire_B, Label(seat.where.phase, number + 1, "control", {"base": wire_B.numel()}), clients=1)
+    pieces = torch.split(wire_B.view(torch.float32), [weight.numel() for weight in weights.values()])
+    with torch.no_grad():
+        for (name, weight), piece in zip(weights.items(), pieces, strict=True):
+            seat.net.get_parameter(name).copy_(piece.view(weight.shape))
+
+
+def _compare_fingerprints(seat: Seat, stage: Stage, number: int) -> None:
+    """Make sure that all ranks mean the same coordinates and start from the same reference."""
+    mine = stage.coordinates.fingerprint(stage.reference_N)
+    for rank, theirs in gather_bytes(seat.comm, mine, stage.label(number, "control", {"fingerprint": len(mine)})).items():
+        if theirs != mine:
+            raise RunError(f"rank {rank} has other weights or another mask in phase {stage.name}: same model and versions?")

@@ -1,0 +1,64 @@
+"""What a rank holds throughout a run, and the few things that it does in every part of it.
+
+Legend: N coordinates, B bytes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slora_dist.aggregate.server import Server
+from slora_dist.comm.metered import Metered
+from slora_dist.config import Config
+from slora_dist.data.federation import Federation
+from slora_dist.data.tokens import Encoded
+from slora_dist.ending import Where
+from slora_dist.evaluate import Score, evaluate
+from slora_dist.journal import Journal
+from slora_dist.ledger import Label
+from slora_dist.model import Classifier
+from slora_dist.network import Network
+from slora_dist.runfolder import RunFolder
+from slora_dist.stage import Stage
+from slora_dist.wire import Wire
+
+
+class Seat:
+    """One rank's place in a run: settings, transport, model, data, files, and what the run has come to so far."""
+
+    def __init__(
+        self,
+        config: Config,
+        comm: Metered,
+        classifier: Classifier,
+        federation: Federation,
+        folder: RunFolder,
+        device: torch.device,
+        where: Where,
+        network: Network,
+    ) -> None:
+        self.config, self.comm, self.classifier, self.federation, self.folder = config, comm, classifier, federation, folder
+        self.is_root = comm.rank == 0
+        self.where, self.journal = where, Journal(comm.ledger)
+        self.device, self.network = device, network
+        self.net = classifier.net.to(device)
+        self.pad = int(federation.tokenizer.pad_token_id or 0)
+        self.phases = config.method.resolved()
+        self.base: dict[str, Tensor] = {}  # rank 0: the base weights that folds have changed, as they are now
+        self.switch: dict[str, Any] | None = None
+        self.score: Score | None = None
+        self.test: Encoded | None = None  # rank 0: the held-out documents
+
+    def send_down(self, wire: Wire, server: Server | None, label: Label, clients: int) -> Tensor:
+        """Broadcast the server's offset; every rank, the server included, goes on with what the bytes say."""
+        wire_B = wire.encode(server.offset_N) if server else torch.empty(wire.nbytes, dtype=torch.uint8)
+        self.comm.broadcast(wire_B, label, clients)
+        return wire.decode(wire_B)
+
+    def evaluate(self, stage: Stage) -> Score:
+        """Score the global model on the held-out documents, which only rank 0 reads."""
+        assert stage.server and self.test is not None
+        self.where.operation = "evaluate"
+        stage.coordinates.write(self.net, stage.reference_N + stage.server.offset_N.to(self.device))
+        return evaluate(self.net, self.test, self.pad)

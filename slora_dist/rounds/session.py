@@ -1,0 +1,174 @@
+"""A federated run on one rank: phases and rounds.
+
+Rank 0 is the server; the other ranks play clients; a world of one does both. Every rank runs these same lines, so that what a message
+means is known from where in the program it is sent.
+
+Legend: N coordinates, n a stretch of them, B bytes.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from slora_dist import upload
+from slora_dist.agreement import gather_bytes, tell
+from slora_dist.client import Recipe, train
+from slora_dist.clock import synchronize
+from slora_dist.export import Result
+from slora_dist.journal import settle
+from slora_dist.ledger import Label, Row, totals
+from slora_dist.roundplan import RoundPlan, plan_round
+from slora_dist.rounds import phases
+from slora_dist.rounds.seat import Seat
+from slora_dist.runfolder import Checkpoint
+from slora_dist.seeding import derive
+from slora_dist.stage import Stage
+from slora_dist.upload import Received, Upload
+from slora_dist.wire import HEADER_BYTES, Header
+
+
+class Session:
+    """A run as one rank plays it. ``play`` yields the record of every round (the lines of ``metrics.jsonl``; on rank 0 with figures)."""
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+        self.config, self.comm, self.folder, self.journal, self.where = seat.config, seat.comm, seat.folder, seat.journal, seat.where
+        self.clocks: dict[int, float] = {}  # rank 0: what each rank's monotonic clock lacks to Unix time
+        self.clock_error = 0.0  # seconds by which they may be wrong
+        self._last: Stage | None = None
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is the server's rank."""
+        return self.seat.is_root
+
+    @property
+    def rounds(self) -> int:
+        """All rounds of the run."""
+        return sum(phase.rounds for phase in self.seat.phases)
+
+    def play(self, resumed: Checkpoint | None, stop_after: int | None) -> Iterator[dict[str, Any]]:
+        """Play all rounds that are left after the checkpoint ``resumed`` (rank 0's), or up to round ``stop_after``."""
+        position = [resumed.values["phase"], resumed.values["round"]] if resumed else [0, 0]
+        self.clocks, self.clock_error = synchronize(self.comm)
+        at, done = tell(self.comm, position, Label("start", position[1] + 1, "control", {"position": 16}))
+        stage = phases.restore(self.seat, at, done, resumed) if done else phases.begin(self.seat, 0, None)
+        while True:
+            last = stage.first + stage.phase.rounds - 1
+            for number in range(done + 1, last + 1):
+                yield self._round(stage, number)
+                if stop_after is not None and stop_after <= number < self.rounds:
+                    self.folder.wait()
+                    return
+            done = last
+            if stage.at + 1 == len(self.seat.phases):
+                break
+            stage = phases.begin(self.seat, stage.at + 1, stage)
+        self.folder.wait()
+        self._last = stage
+
+    def result(self) -> Result | None:
+        """Return rank 0's result, the network back at its base weights, or None when ``play`` stopped before the last round."""
+        if self._last is None:
+            return None
+        stage, seat = self._last, self.seat
+        assert stage.server
+        stage.coordinates.write(seat.net, stage.reference_N)
+        offset_N = stage.server.offset_N
+        return Result(stage.phase, seat.classifier, stage.coordinates, offset_N, bool(seat.base), seat.federation.tokenizer)
+
+    def _round(self, stage: Stage, number: int) -> dict[str, Any]:
+        """Play one round: broadcast, local training, upload, server step, evaluation, checkpoint."""
+        began, self.where.round, self.comm.seconds = time.perf_counter(), number, 0.0
+        plan = plan_round(self.config, number, self.comm.size, self.seat.federation.sizes)
+        self.seat.network.begin(plan, number)
+        self.where.operation = "broadcast"
+        clients = len(plan.played_by(self.comm.rank))
+        offset_N = self.seat.send_down(stage.wire, stage.server, stage.label(number, "down"), clients)
+        self.where.operation = "upload"
+        received = self._upload(stage, number, plan, offset_N)
+        record: dict[str, Any] = {"round": number, "phase": stage.name}
+        if received:
+            record |= self._judge(stage, number, received)
+            nbytes = (stage.wire.nbytes, HEADER_BYTES + stage.wire.nbytes)
+            trained = [one.seconds for one in received.headers]
+            record["network"] = self.seat.network.seconds(plan, number, nbytes, trained, received.seconds)
+        self.where.operation = "ledger"
+        notes = gather_bytes(self.comm, self.journal.take(number), stage.label(number, "control", {"ledger": 0}))
+        if self.is_root:
+            settled = settle(notes, self.clocks)
+            lines = [line for line in settled["ledger"] if line["round"] == number]
+            moved, waited = totals(lines), sum(line["wait_seconds"] for line in lines if line["rank"] == 0)
+            record["payload_bytes"] = {way: moved[way] for way in ("up", "down")}
+            record["seconds"] |= {"communicate": self.comm.seconds, "wait": waited, "total": time.perf_counter() - began}
+            self._save(stage, record, settled)
+        return record
+
+    def _upload(self, stage: Stage, number: int, plan: RoundPlan, offset_N: Tensor) -> Received | None:
+        """Train this rank's clients and bring all updates to rank 0, which moves the global state by their mean."""
+        expected = [Header(client, stage.at, number, 1, 0.0, 0.0, stage.wire.nbytes) for client in plan.clients]
+        by_examples = self.config.server.weighting == "examples"
+        job = Upload(stage.wire, stage.label(number, "up"), expected, plan.ranks, by_examples)
+        updates = self._updates(stage, number, plan.played_by(self.comm.rank), offset_N)
+        received = (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
+        if received and stage.server:
+            began = time.perf_counter() - received.seconds  # buckets were added as they came: here they stand together, at the end
+            stage.server.step(received.mean_N)
+            self.journal.note("aggregate", stage.name, number, began, time.perf_counter() - began)
+        return received
+
+    def _updates(self, stage: Stage, number: int, clients: list[int], offset_N: Tensor) -> Iterator[tuple[Header, Tensor]]:
+        """Train one client after the other, when its update is asked for."""
+        if not clients:
+            return
+        start_N = stage.reference_N + offset_N.to(self.seat.device)
+        lr = stage.phase.lr * stage.phase.lr_decay ** (number - stage.first)
+        recipe = Recipe(self.config.clients, lr, self.config.model.precision == "bfloat16", self.seat.pad)
+        for client in clients:
+            self.where.operation = f"training of client {client}"
+            seed = derive(self.config.run.seed, "client", number, client)
+            documents = self.seat.federation.client(client)
+            with self.journal.span("train", stage.name, number, client):
+                update = train(self.seat.net, stage.coordinates, start_N, documents, recipe, seed)
+            self.where.operation = "upload"
+            header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, stage.wire.nbytes)
+            yield header, update.delta_N
+
+    def _judge(self, stage: Stage, number: int, received: Received) -> dict[str, Any]:
+        """Evaluate when it is due, and return the figures of the round."""
+        headers = received.headers
+        every, last = self.config.server.eval_every, stage.first + stage.phase.rounds - 1
+        began = time.perf_counter()
+        score = self.seat.evaluate(stage) if number == last or (every and number % every == 0) else None
+        evaluating = time.perf_counter() - began
+        if score:
+            self.seat.score = score
+            self.journal.note("evaluate", stage.name, number, began, evaluating)
+        examples = sum(header.num_examples for header in headers)
+        seconds = {
+            "aggregate": received.seconds,
+            "train": sum(header.seconds for header in headers),
+            "slowest_client": max(header.seconds for header in headers),
+            "evaluate": evaluating,
+        }
+        return {
+            "train_loss": sum(header.loss * header.num_examples for header in headers) / examples,
+            "accuracy": score.accuracy if score else None,
+            "loss": score.loss if score else None,
+            "clients": [header.client for header in headers],
+            "num_examples": examples,
+            "seconds": seconds,
+        }
+
+    def _save(self, stage: Stage, record: dict[str, Any], settled: Mapping[str, list[Row]]) -> None:
+        """Note the round, then make it the last good state."""
+        assert stage.server
+        self.where.operation = "checkpoint"
+        with self.journal.span("checkpoint", stage.name, record["round"]):
+            for name, rows in {**settled, "metrics": [record]}.items():
+                self.folder.append(name, rows)
+            score = {"accuracy": self.seat.score.accuracy, "loss": self.seat.score.loss} if self.seat.score else None
+            values = {"round": record["round"], "phase": stage.at, "switch": self.seat.switch, "score": score}
+            self.folder.save_behind(Checkpoint(stage.server.state(), values))

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from slora_dist.clientstate import ClientStates
+from slora_dist.errors import RunError
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"residual": torch.full((3,), value)}
+
+
+def test_a_client_finds_the_state_of_its_last_round(tmp_path: Path) -> None:
+    states = ClientStates(tmp_path)
+    assert states.load(4, 1) == {}
+    states.save(4, 2, state(2.0))
+    states.save(5, 3, state(3.0))
+    assert states.load(4, 9)["residual"].tolist() == [2.0] * 3 and states.load(5, 9)["residual"].tolist() == [3.0] * 3
+    assert states.load(4, 2) == {}, "round 2 is played again: the client comes into it as it came the first time"
+
+
+def test_rounds_can_be_played_again_and_old_states_go(tmp_path: Path) -> None:
+    states = ClientStates(tmp_path)
+    for number in (1, 4, 6, 9):
+        states.save(0, number, state(number))
+    assert sorted(path.name for path in (tmp_path / "clients/client-00000").iterdir()) == [
+        "round-00006.safetensors", "round-00009.safetensors",
+    ]  # fmt: skip
+    assert states.load(0, 9)["residual"][0] == 6.0
+    states.save(0, 7, state(7.5))
+    assert states.load(0, 99)["residual"][0] == 7.5, "what was kept of later rounds is of a past that did not happen"
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    states = ClientStates(tmp_path)
+    states.save(3, 1, state(1.0))
+    (path,) = (tmp_path / "clients/client-00003").iterdir()
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(RunError, match=r"state of client 3 .*round-00001"):
+        states.load(3, 2)
