@@ -1,0 +1,24 @@
+"""The kinds of phase as choices of coordinates. Other rooms know this one by the names below."""
+
+from slora_dist.config import AnyPhase
+from slora_dist.methods.base import add_to_base, base_weights, remove_adapters
+from slora_dist.methods.lowrank import base_change, factorable, factored, keeps, lora_settings
+from slora_dist.methods.phase import Start, begin, enter, learned, names, support
+
+__all__ = [
+    "AnyPhase",
+    "Start",
+    "add_to_base",
+    "base_change",
+    "base_weights",
+    "begin",
+    "enter",
+    "factorable",
+    "factored",
+    "keeps",
+    "learned",
+    "lora_settings",
+    "names",
+    "remove_adapters",
+    "support",
+]

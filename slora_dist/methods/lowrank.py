@@ -1,0 +1,124 @@
+"""Low-rank phases: peft's LoRA, its factors as coordinates, and what they take over at a switch.
+
+Legend: O/I out/in features, R rank.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+
+from slora_dist.config import AnyPhase, LowrankPhase
+from slora_dist.model import Classifier, dense_layers, is_transposed, ranks
+from slora_dist.seeding import derive
+from slora_dist.support import Slot, Support
+from slora_dist.svd import Factors, factor
+
+
+def lora_settings(phase: LowrankPhase, classifier: Classifier) -> dict[str, Any]:
+    """Return peft's settings for a phase on a classifier: exact layer names, their ranks and alphas."""
+    by_layer = ranks(classifier, phase)
+    return {
+        "fan_in_fan_out": any(is_transposed(classifier, layer) for layer in by_layer),
+        "r": phase.rank,
+        "lora_alpha": _alpha(phase, phase.rank),
+        "lora_dropout": phase.dropout,
+        "target_modules": list(by_layer),
+        "rank_pattern": dict(by_layer),
+        "alpha_pattern": {layer: _alpha(phase, rank) for layer, rank in by_layer.items()},
+    }
+
+
+def slots(phase: LowrankPhase, classifier: Classifier) -> list[Slot]:
+    """Return the slots of both factors of every target layer."""
+    layers, found = dense_layers(classifier), list[Slot]()
+    for layer, rank in ranks(classifier, phase).items():
+        out_features, in_features = layers[layer]
+        a_name, b_name = _names(layer)
+        found += [Slot.whole(a_name, (rank, in_features), "factor_a"), Slot.whole(b_name, (out_features, rank), "factor_b")]
+    return found
+
+
+def inject(phase: LowrankPhase, classifier: Classifier) -> None:
+    """Let peft adapt the target layers in place."""
+    inject_adapter_in_model(LoraConfig(init_lora_weights=False, **lora_settings(phase, classifier)), classifier.net)
+
+
+def start(phase: LowrankPhase, classifier: Classifier, found: Mapping[str, Factors], seed: int) -> dict[str, Tensor]:
+    """Return the factors with which the phase begins, by parameter name: those ``found`` at the switch, LoRA's own start elsewhere."""
+    layers, factors = dense_layers(classifier), dict[str, Tensor]()
+    for layer, rank in ranks(classifier, phase).items():
+        if layer in found:
+            b_OR, a_RI = found[layer].b_OR, found[layer].a_RI
+        else:
+            b_OR, a_RI = _random_factors(layers[layer], rank, derive(seed, "lora_A", layer))
+        factors |= dict(zip(_names(layer), (a_RI, b_OR), strict=True))
+    return factors
+
+
+def multiplied(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``delta`` with the factors of every target layer multiplied out to the update of its weight."""
+    updates = dict(delta)
+    for layer, rank in ranks(classifier, phase).items():
+        a_RI, b_OR = (updates.pop(name) for name in _names(layer))
+        product_OI = (_alpha(phase, rank) / rank) * (b_OR @ a_RI)
+        updates[f"{layer}.weight"] = product_OI.T.contiguous() if is_transposed(classifier, layer) else product_OI
+    return updates
+
+
+def factored(
+    phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, Tensor], layers: Sequence[str] | None = None
+) -> dict[str, Factors]:
+    """Return the factors of the update of every target layer, or of ``layers``; a layer without an update has none."""
+    found = {}
+    for layer, rank in ranks(classifier, phase).items():
+        update = delta.get(f"{layer}.weight")
+        if update is not None and (layers is None or layer in layers):
+            update_OI = update.T if is_transposed(classifier, layer) else update
+            found[layer] = factor(update_OI, rank, _alpha(phase, rank) / rank, phase.split)
+    return found
+
+
+def factorable(phase: AnyPhase, classifier: Classifier, coordinates: Support) -> list[str]:
+    """Return the target layers of which ``coordinates``, those of the phase before, have learned an update."""
+    if not isinstance(phase, LowrankPhase):
+        return []
+    moved = {slot.name.removesuffix(".lora_B.default.weight").removesuffix(".weight") for slot in coordinates.slots}
+    return [layer for layer in ranks(classifier, phase) if layer in moved]
+
+
+def keeps(phase: AnyPhase) -> bool:
+    """Whether the phase folds something of the previous one into the frozen base."""
+    return isinstance(phase, LowrankPhase) and "keep" in (phase.residual, phase.remainder)
+
+
+def base_change(phase: LowrankPhase, before: Mapping[str, Tensor], factors: Mapping[str, Tensor], head: list[str]) -> dict[str, Tensor]:
+    """Return what the base takes over: dW - scale B0 A0 of targets (``residual: keep``), dW of the rest (``remainder: keep``)."""
+    change = {}
+    for name, update in before.items():
+        if name in head:
+            continue  # it goes on as coordinates
+        if name in factors and phase.residual == "keep":
+            change[name] = update - factors[name]
+        elif name not in factors and phase.remainder == "keep":
+            change[name] = update
+    return change
+
+
+def _names(layer: str) -> tuple[str, str]:
+    return f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
+
+
+def _alpha(phase: LowrankPhase, rank: int) -> float:
+    return float(rank) if phase.alpha is None else phase.alpha
+
+
+def _random_factors(shape: tuple[int, int], rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """LoRA's own start: A uniform in +-1/sqrt(I) (Kaiming with a = sqrt(5)), B zero."""
+    out_features, in_features = shape
+    bound = 1 / math.sqrt(in_features)
+    a_RI = torch.empty(rank, in_features).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+    return torch.zeros(out_features, rank), a_RI
