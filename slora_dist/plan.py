@@ -11,7 +11,7 @@ from slora_dist.config import Config, DensePhase
 from slora_dist.ledger import Direction
 from slora_dist.model import Classifier
 from slora_dist.support import Support
-from slora_dist.wire import HEADER_BYTES, Wire
+from slora_dist.wire import HEADER_BYTES, Wires
 
 
 def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[str, Any]:
@@ -23,10 +23,10 @@ def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[
     parameters = sum(parameter.numel() for parameter in classifier.net.parameters())
     for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
         coordinates = methods.support(phase, classifier, config.method, config.run.seed)
-        wire = codec(config, coordinates)
-        handover = wire.nbytes + previous.nbytes if previous and methods.keeps(phase) else 0
-        phases.append(_phase(config, name, phase.rounds, coordinates, wire, handover) | {"density": coordinates.numel / parameters})
-        previous = wire
+        wires = Wires.of(coordinates, config.comm.wire)
+        handover = wires.down.nbytes + previous.down.nbytes if previous and methods.keeps(phase) else 0
+        phases.append(_phase(config, name, phase.rounds, coordinates, wires, handover) | {"density": coordinates.numel / parameters})
+        previous = wires
     by_phase = {phase["phase"]: phase["payload_bytes"] for phase in phases}
     sums = {way: sum(entry[way] for entry in by_phase.values()) for way in ("up", "down")}
     full = full_finetuning(config, classifier)
@@ -47,25 +47,24 @@ def full_finetuning(config: Config, classifier: Classifier) -> dict[Direction, i
     """Return the payload of full fine-tuning in the same rounds with the same clients and number format."""
     coordinates = methods.support(DensePhase(), classifier, config.method, config.run.seed)
     rounds = sum(phase.rounds for phase in config.method.resolved())
-    nbytes = codec(config, coordinates).nbytes * config.sampled * rounds
-    return {"up": nbytes, "down": nbytes}
+    wires, messages = Wires.of(coordinates, config.comm.wire), config.sampled * rounds
+    return {"up": wires.up.nbytes * messages, "down": wires.down.nbytes * messages}
 
 
-def codec(config: Config, coordinates: Support) -> Wire:
-    """Return the codec that a run with these settings uses for a support."""
-    return Wire(coordinates, config.comm.wire.values, config.comm.wire.indices)
-
-
-def _phase(config: Config, name: str, rounds: int, coordinates: Support, wire: Wire, handover: int) -> dict[str, Any]:
-    up = wire.nbytes * config.sampled * rounds
+def _phase(config: Config, name: str, rounds: int, coordinates: Support, wires: Wires, handover: int) -> dict[str, Any]:
+    up, down = (wire.nbytes * config.sampled * rounds for wire in (wires.up, wires.down))
     return {
         "phase": name,
         "rounds": rounds,
         "trainable": coordinates.numel,
         "trainable_by_kind": coordinates.counts(),
-        "message_bytes": {"up": wire.nbytes, "down": wire.nbytes, "by_kind": wire.by_kind()},
+        "message_bytes": {
+            "up": wires.up.nbytes,
+            "down": wires.down.nbytes,
+            "by_kind": {"up": wires.up.by_kind(), "down": wires.down.by_kind()},
+        },
         "handover_bytes": handover,
-        "payload_bytes": {"up": up, "down": up + handover * config.clients.count},
+        "payload_bytes": {"up": up, "down": down + handover * config.clients.count},
     }
 
 

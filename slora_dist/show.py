@@ -85,7 +85,8 @@ def plan(plan: dict[str, Any]) -> None:
     for column in ("phase", "rounds", "trainable", "density", "a client's message", "all up", "all down"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase in plan["phases"]:
-        counts = (f"{phase['trainable']:,}", f"{phase['density']:.2%}", size(phase["message_bytes"]["up"]))
+        message = list(dict.fromkeys(size(phase["message_bytes"][way]) for way in ("up", "down")))
+        counts = (f"{phase['trainable']:,}", f"{phase['density']:.2%}", " / ".join(message))
         sums = (size(phase["payload_bytes"][way]) for way in ("up", "down"))
         table.add_row(phase["phase"], str(phase["rounds"]), *counts, *sums)
     payload, full = plan["payload_bytes"], plan["full_finetuning_payload_bytes"]

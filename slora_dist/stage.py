@@ -14,26 +14,28 @@ from slora_dist.evaluate import Score
 from slora_dist.ledger import Direction, Label
 from slora_dist.methods import AnyPhase, Start
 from slora_dist.support import Support
-from slora_dist.wire import Wire
+from slora_dist.wire import Wires
 
 
 @dataclass
 class Stage:
-    """One phase as a rank holds it: its coordinates and codec, the reference of the offsets, and on rank 0 the server's state."""
+    """One phase as a rank holds it: its coordinates and codecs, the reference of the offsets, and on rank 0 the server's state."""
 
     at: int
     name: str
     phase: AnyPhase
     first: int  # number of its first round in the run
     coordinates: Support
-    wire: Wire
+    wires: Wires
     reference_N: Tensor
     server: Server | None
     collective: str
 
     def label(self, number: int, direction: Direction, by_kind: Mapping[str, int] | None = None) -> Label:
-        """Return the ledger's label of a message of this phase; by default it is an update."""
-        return Label(self.name, number, direction, dict(self.wire.by_kind() if by_kind is None else by_kind))
+        """Return the ledger's label of a message of this phase; without ``by_kind`` it is an update, up or down."""
+        if by_kind is None:
+            by_kind = (self.wires.up if direction == "up" else self.wires.down).by_kind()
+        return Label(self.name, number, direction, dict(by_kind))
 
 
 def switch_record(before: Score, after: Score, start: Start) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """From numbers to bytes and back. ``encode`` ends in one contiguous uint8 tensor; whoever carries it knows nothing else.
 
 A client's message is a header of 64 bytes and a body of three parts: the positions of the masked entries (none with ``indices:
-implicit``), filled up with zeros to a multiple of 4 bytes; with ``values: int8`` a float32 scale for each block of 128 coordinates; and the
-values of the whole support in its order. Positions are int32 within their tensor, or the gaps (``codec.py``) between the positions in all
+implicit``), filled up with zeros to a multiple of 4 bytes; the scales of the number format, if it has any; and the values of the whole
+support in its order (``formats.py``). Positions are int32 within their tensor, or the gaps (``codec.py``) between the positions in all
 masked tensors laid end to end.
 
 Legend: N coordinates, M masked coordinates, S blocks with a scale, B bytes, n a stretch of N, b a stretch of B.
@@ -12,25 +12,20 @@ import struct
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from slora_dist import codec
+from slora_dist.config import Indices, Values, WireConfig
 from slora_dist.errors import RunError
+from slora_dist.formats import FORMATS
 from slora_dist.support import Support
 
 HEADER_BYTES = 64
 _HEADER = struct.Struct("<4sHHIIIIddQ16x")
 _MAGIC, _VERSION = b"SLRA", 1
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-_SCALED = 128  # coordinates that share a scale
-_LARGEST = 127  # of an int8 that has an opposite
-
-Values = Literal["float32", "bfloat16", "int8"]
-Indices = Literal["implicit", "gap", "gap+zstd", "int32"]
 
 
 @dataclass(frozen=True)
@@ -70,25 +65,26 @@ class Wire:
     """The codec of one support: every message of the phase has the same number of bytes, known to both ends."""
 
     def __init__(self, support: Support, values: Values, indices: Indices) -> None:
-        self.support, self.dtype = support, _DTYPES[values]
+        self.support, self.format = support, FORMATS[values]
         self._positions_B = _positions(support, indices)
-        scales = -(-support.numel // _SCALED) if values == "int8" else 0
-        self._scales_S = torch.zeros(scales)  # of the message that is being decoded
-        self.index_bytes, self.scale_bytes = self._positions_B.numel(), 4 * scales
-        self.nbytes = self.index_bytes + self.scale_bytes + self.dtype.itemsize * support.numel
+        self._scales_S = torch.zeros(self.format.scales(support.numel))  # of the message that is being decoded
+        self.index_bytes, self.scale_bytes = self._positions_B.numel(), 4 * len(self._scales_S)
+        self.nbytes = self.index_bytes + self.scale_bytes + self.format.value_bytes(support.numel)
 
     def by_kind(self) -> dict[str, int]:
-        """Return the bytes of one message by kind: index, scale, value, factor_a, factor_b, head."""
-        kinds = {"index": self.index_bytes, "scale": self.scale_bytes}
-        kinds |= {kind: count * self.dtype.itemsize for kind, count in self.support.counts().items()}
+        """Return the bytes of one message by kind: index, scale, value, factor_a, factor_b, head. A shared byte is the first kind's."""
+        kinds, end, before = {"index": self.index_bytes, "scale": self.scale_bytes}, 0, 0
+        for kind, count in self.support.counts().items():
+            end += count
+            kinds[kind] = self.format.value_bytes(end) - before
+            before += kinds[kind]
         return {kind: count for kind, count in kinds.items() if count}
 
     def encode(self, offset_N: Tensor) -> Tensor:
         """Return the bytes of a vector, contiguous uint8 of length ``nbytes``."""
         assert offset_N.shape == (self.support.numel,)
         offset_N = offset_N.detach()
-        parts = _quantize(offset_N) if self.scale_bytes else (offset_N.to(self.dtype).contiguous(),)
-        parts_B = [part.view(torch.uint8) for part in parts]
+        parts_B = self.format.encode(offset_N)
         if self.index_bytes:
             parts_B.insert(0, self._positions_B.to(offset_N.device))
         return torch.cat(parts_B) if len(parts_B) > 1 else parts_B[0]
@@ -110,13 +106,7 @@ class Wire:
         ahead = max(0, min(chunk_b.numel(), before - offset))
         if ahead:
             self._take(offset, chunk_b[:ahead].cpu())
-        values_b, at = chunk_b[ahead:], offset + ahead - before
-        if at % self.dtype.itemsize or values_b.numel() % self.dtype.itemsize:
-            raise RunError("a stretch of a message that cuts a value in two")
-        start = max(0, at) // self.dtype.itemsize
-        aligned_b = values_b if values_b.storage_offset() % self.dtype.itemsize == 0 else values_b.clone()
-        values_n = aligned_b.view(self.dtype)
-        return start, self._scale(start, values_n) if self.scale_bytes else values_n.float()
+        return self.format.decode(max(0, offset - before), chunk_b[ahead:], self._scales_S, self.support.numel)
 
     def _take(self, offset: int, ahead_b: Tensor) -> None:
         """Compare what is left of the positions, and keep the scales that follow."""
@@ -126,23 +116,19 @@ class Wire:
         at = max(0, offset - self.index_bytes)
         self._scales_S.view(torch.uint8)[at : at + ahead_b.numel() - in_index] = ahead_b[in_index:]
 
-    def _scale(self, start: int, values_n: Tensor) -> Tensor:
-        first, last = start // _SCALED, -(-(start + values_n.numel()) // _SCALED)
-        scales_S = self._scales_S[first:last]
-        lowest = int(values_n.min()) if values_n.numel() else 0  # many times faster than comparing each
-        if not bool((scales_S.isfinite() & (scales_S >= 0)).all()) or lowest < -_LARGEST:
-            raise RunError("a message with a scale or an integer that no encoder makes")
-        scales_n = scales_S[:, None].expand(-1, _SCALED).reshape(-1)[start - first * _SCALED :][: values_n.numel()]
-        return values_n.float().mul_(scales_n.to(values_n.device))
 
+@dataclass(frozen=True)
+class Wires:
+    """The codecs of a phase: of the broadcast, and of what clients send."""
 
-def _quantize(offset_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (scales_S, integers_N) with offset = scale x integer: the largest of a block becomes +-127, zero stays zero."""
-    blocks = functional.pad(offset_N, (0, -len(offset_N) % _SCALED)).view(-1, _SCALED)
-    scales_S = blocks.abs().amax(dim=1) / _LARGEST
-    steps = blocks / torch.where(scales_S > 0, scales_S, 1.0)[:, None]
-    integers = steps.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)  # a scale that is hardly a float itself rounds too
-    return scales_S, integers.view(-1)[: len(offset_N)]
+    up: Wire
+    down: Wire
+
+    @staticmethod
+    def of(support: Support, settings: WireConfig) -> "Wires":
+        """Return the codecs that the settings ask for."""
+        down = Wire(support, settings.down, settings.indices)
+        return Wires(down if settings.up == settings.down else Wire(support, settings.up, settings.indices), down)
 
 
 def _positions(support: Support, indices: Indices) -> Tensor:

@@ -65,7 +65,12 @@ def test_a_finished_run_resumed_says_the_same_again(tmp_path: Path) -> None:
     assert same(straight, again)
 
 
-WIRES = [("float32", "implicit"), ("bfloat16", "int32"), ("float32", "gap"), ("int8", "gap+zstd")]
+WIRES = {
+    "plain": (),
+    "bfloat16": ("comm.wire.values=bfloat16", "comm.wire.indices=int32"),
+    "float16": ("comm.wire.values=float16", "comm.wire.indices=gap"),
+    "each way": ("comm.wire.up_values=int4", "comm.wire.down_values=int8", "comm.wire.indices=gap+zstd"),
+}
 
 
 def accounts(*overrides: str) -> dict[str, Any]:
@@ -84,22 +89,23 @@ def check_bytes(folder: RunFolder, *overrides: str) -> None:
     assert sum(headers) == planned["payload_bytes"]["control"]
 
 
-@pytest.mark.parametrize("wire", WIRES, ids="-".join)
+@pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("name", PRESETS)
-def test_planned_bytes_are_the_ledgers(name: str, wire: tuple[str, str], tmp_path: Path) -> None:
+def test_planned_bytes_are_the_ledgers(name: str, wire: str, tmp_path: Path) -> None:
     once = [f"method.{kind}.rounds=1" for kind in ("sparse", "dense", "lowrank")]
-    overrides = short(*once, f"method.name={name}", f"comm.wire.values={wire[0]}", f"comm.wire.indices={wire[1]}", "data.limit=24")
+    overrides = short(*once, f"method.name={name}", *WIRES[wire], "data.limit=24")
     check_bytes(run(tmp_path / "run", *overrides), *overrides)
 
 
-@pytest.mark.parametrize("wire", WIRES, ids="-".join)
-def test_what_is_kept_at_the_switch_is_planned_too(wire: tuple[str, str], tmp_path: Path) -> None:
-    overrides = short("method.lowrank.residual=keep", f"comm.wire.values={wire[0]}", f"comm.wire.indices={wire[1]}", "data.limit=24")
+@pytest.mark.parametrize("wire", WIRES)
+def test_what_is_kept_at_the_switch_is_planned_too(wire: str, tmp_path: Path) -> None:
+    overrides = short("method.lowrank.residual=keep", *WIRES[wire], "data.limit=24")
     folder = run(tmp_path / "run", *overrides)
     check_bytes(folder, *overrides)
     lowrank = accounts(*overrides)["phases"][1]
     assert lowrank["handover_bytes"] > 0
-    assert lowrank["payload_bytes"]["down"] == lowrank["payload_bytes"]["up"] + 6 * lowrank["handover_bytes"]
+    messages = 3 * lowrank["rounds"] * lowrank["message_bytes"]["down"]
+    assert lowrank["payload_bytes"]["down"] == messages + 6 * lowrank["handover_bytes"]
 
 
 def torchrun(size: int, *arguments: str) -> None:

@@ -1,15 +1,23 @@
+import math
 import struct
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slora_dist import codec
+from slora_dist.config import Indices, Values, WireConfig
 from slora_dist.errors import RunError
+from slora_dist.formats import FORMATS
 from slora_dist.support import Slot, Support
-from slora_dist.wire import HEADER_BYTES, Header, Indices, Values, Wire, as_bytes
+from slora_dist.wire import HEADER_BYTES, Header, Wire, Wires, as_bytes
 
 SUPPORT = Support(
     [
@@ -36,20 +44,22 @@ def test_round_trip(name: str) -> None:
     assert wire_B.dtype == torch.uint8 and wire_B.is_contiguous() and wire_B.shape == (wire.nbytes,)
     decoded_N = wire.decode(wire_B)
     assert decoded_N.dtype == torch.float32
-    if wire.scale_bytes:
-        largest_N = torch.cat([block.abs().max().expand(len(block)) for block in offset_N.split(128)])
-        assert ((decoded_N - offset_N).abs() <= largest_N / 127 * 0.5001).all(), "half a step of the block"
-    else:
-        assert torch.equal(decoded_N, offset_N.to(wire.dtype).float())
+    if wire.format.largest:
+        size, steps = (128, 127) if name.startswith("int8") else (32, 7)
+        largest_N = torch.cat([block.abs().max().expand(len(block)) for block in offset_N.split(size)])
+        assert ((decoded_N - offset_N).abs() <= largest_N / steps * 0.5001).all(), "half a step of the block"
+    else:  # a scale that is a power of two changes no rounding
+        assert torch.equal(decoded_N, offset_N.to(wire.format.dtype).float())
 
 
 @every_wire
 def test_bytes_are_the_closed_form(name: str) -> None:
-    wire, size = WIRES[name], WIRES[name].dtype.itemsize
+    wire, values = WIRES[name], name.partition("-")[0]
     index = {"implicit": 0, "int32": 4 * MASKED}.get(name.partition("-")[2], -(-len(coded("zstd" in name)) // 4) * 4)
-    scale = 4 * 4 if name.startswith("int8") else 0
-    assert wire.nbytes == sum(wire.by_kind().values()) == index + scale + size * N
-    expected = {"index": index, "scale": scale, "value": MASKED * size, "factor_a": 60 * size, "head": 13 * size}
+    scale = {"float16": 4, "int8": 4 * 4, "int4": 4 * 13}.get(values, 0)  # of 411 values: one, one for 128 or for 32
+    size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}[values]
+    assert wire.nbytes == sum(wire.by_kind().values()) == index + scale + math.ceil(size * N)
+    expected = {"index": index, "scale": scale, "value": MASKED * size, "factor_a": 60 * size, "head": math.ceil(13 * size)}
     assert wire.by_kind() == {kind: count for kind, count in expected.items() if count}
 
 
@@ -94,28 +104,72 @@ def test_float32_is_decoded_where_it_lies() -> None:
     assert Wire(SUPPORT, "float32", "implicit").decode(wire_B).data_ptr() == wire_B.data_ptr()
 
 
-@pytest.mark.parametrize("magnitude", [1e-44, 1e-30, 1e-6, 1e30])
-def test_int8_keeps_updates_of_any_size(magnitude: float) -> None:
-    """Scales are float32, so that an update of 1e-6 is not lost; below the smallest normal float they round themselves."""
-    wire = Wire(SUPPORT, "int8", "implicit")
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-30, 1e-8, 1e-6, 1e30])
+@pytest.mark.parametrize(("values", "error"), [("float16", 0.002), ("int8", 0.02), ("int4", 0.3)])
+def test_updates_of_any_size_are_kept(values: Values, error: float, magnitude: float) -> None:
+    """Scales are float32, so that an update of 1e-8 is not lost; below the smallest normal float they round themselves."""
+    wire = Wire(SUPPORT, values, "implicit")
     offset_N = some_offset() * magnitude
     offset_N[:128] = 0
     decoded_N = wire.decode(wire.encode(offset_N))
     assert not decoded_N[:128].any()
-    torch.testing.assert_close(decoded_N, offset_N, rtol=0, atol=max(0.02 * magnitude, 3e-43))
+    torch.testing.assert_close(decoded_N, offset_N, rtol=0, atol=max(error * magnitude, 2e-43 / error**0.5))
 
 
-def test_what_no_encoder_makes_is_refused() -> None:
-    wire = Wire(SUPPORT, "int8", "gap")
+@given(arrays(np.float32, st.integers(1, 300), elements=st.floats(-(2.0**99), 2.0**99, width=32)), st.sampled_from(get_args(Values)))
+def test_what_comes_back_is_sent_again_without_loss(values: NDArray[np.float32], name: Values) -> None:
+    """Bytes of any vector have the closed form's length, and a vector that has passed the wire once passes it unchanged, or nearly."""
+    form, values_N = FORMATS[name], torch.from_numpy(values)
+    *scales, values_B = form.encode(values_N)
+    assert values_B.numel() == form.value_bytes(len(values_N))
+    scales_S = scales[0].view(torch.float32) if scales else torch.zeros(0)
+    assert len(scales_S) == form.scales(len(values_N))
+    start, decoded_N = form.decode(0, values_B, scales_S, len(values_N))
+    assert start == 0 and decoded_N.shape == values_N.shape and decoded_N.isfinite().all()
+    *scales, values_B = form.encode(decoded_N)
+    again_N = form.decode(0, values_B, scales[0].view(torch.float32) if scales else scales_S, len(values_N))[1]
+    torch.testing.assert_close(again_N, decoded_N, rtol=1e-5, atol=1e-43)
+
+
+@pytest.mark.parametrize("values", get_args(Values))
+def test_what_rounding_takes_from_a_broadcast_is_not_lost(values: Values) -> None:
+    """Clients go on from what the bytes say, but the server keeps its offset: steps far below a step of the format add up."""
+    wire, goal_N = Wire(SUPPORT, values, "implicit"), some_offset()
+    offset_N = torch.zeros_like(goal_N)
+    for _ in range(400):
+        offset_N += 0.02 * (goal_N - wire.decode(wire.encode(offset_N)))
+    step = float(goal_N.abs().max()) / (wire.format.largest or 256)
+    assert (wire.decode(wire.encode(offset_N)) - goal_N).abs().max() < 1.1 * step + 0.002, "a step of 0.02 would never leave zero in int4"
+
+
+def test_each_way_has_its_own_format() -> None:
+    wires = Wires.of(SUPPORT, WireConfig(values="int8", up_values="int4"))
+    assert (wires.up.format, wires.down.format) == (FORMATS["int4"], FORMATS["int8"])
+    wires = Wires.of(SUPPORT, WireConfig(down_values="bfloat16", indices="int32"))
+    assert (wires.up.format, wires.down.format) == (FORMATS["float32"], FORMATS["bfloat16"])
+    assert wires.up.index_bytes == wires.down.index_bytes == 4 * MASKED
+
+
+@pytest.mark.parametrize("values", ["float16", "int8", "int4"])
+def test_what_no_encoder_makes_is_refused(values: Values) -> None:
+    wire = Wire(SUPPORT, values, "gap")
     for scale in (float("nan"), float("inf"), -1.0):
         wire_B = wire.encode(some_offset())
         wire_B[wire.index_bytes : wire.index_bytes + 4] = torch.tensor([scale]).view(torch.uint8)
         with pytest.raises(RunError, match="no encoder makes"):
             wire.decode(wire_B)
+    for wrong in (float("nan"), 0.0) if values == "float16" else ():
+        with pytest.raises(RunError, match="no encoder makes"):
+            wire.decode(wire.encode(torch.full_like(some_offset(), wrong).log()))
     wire_B = wire.encode(some_offset())
-    wire_B[-1] = 128  # -128 as an integer
+    wire_B[-2:] = torch.tensor({"float16": [0, 0x7C], "int8": [0, 128], "int4": [0x80, 0]}[values])  # infinity, -128, -8
     with pytest.raises(RunError, match="no encoder makes"):
         wire.decode(wire_B)
+    if values == "int4":
+        wire_B = wire.encode(some_offset())
+        wire_B[-1] |= 16  # beside the last of 411 values
+        with pytest.raises(RunError, match="behind the last"):
+            wire.decode(wire_B)
 
 
 def test_a_slice_of_a_buffer_at_an_odd_place_decodes() -> None:
@@ -146,11 +200,11 @@ def test_wrong_lengths_are_refused(name: str) -> None:
             wire.decode(wrong_B)
 
 
-@pytest.mark.parametrize("values", ["float32", "bfloat16"])
+@pytest.mark.parametrize("values", ["float32", "bfloat16", "float16"])
 def test_a_cut_through_a_value_is_refused(values: Values) -> None:
     wire = Wire(SUPPORT, values, "gap")
     with pytest.raises(RunError, match="cuts a value in two"):
-        wire.decode_chunk(wire.index_bytes, wire.encode(some_offset())[wire.index_bytes :][:5])
+        wire.decode_chunk(wire.index_bytes + wire.scale_bytes, wire.encode(some_offset())[:5])
 
 
 def test_header_round_trip() -> None:

@@ -116,7 +116,7 @@ class Protocol:
             yield from ranks.broadcast(number, phase["phase"], "control", offset, [1] * ranks.size)
             yield from ranks.gather(number, phase["phase"], "control", {"factors": FREE}, [1] * ranks.size, FREE)
         if phase["folds"]:
-            for by_kind in (self.phases[phase["at"] - 1]["message_bytes"]["by_kind"], phase["message_bytes"]["by_kind"]):
+            for by_kind in (handed["message_bytes"]["by_kind"]["down"] for handed in (self.phases[phase["at"] - 1], phase)):
                 yield from ranks.broadcast(number, phase["phase"], "down", by_kind, self._hosted(ranks.size))
 
     def _enter(self, phase: Row, number: int, ranks: "_Ranks") -> Iterator[Want]:
@@ -133,13 +133,13 @@ class Protocol:
         plan = self.round_plan(number, ranks.size)
         clients = [len(plan.played_by(rank)) for rank in range(ranks.size)]
         name, by_kind, nbytes = phase["phase"], phase["message_bytes"]["by_kind"], phase["message_bytes"]["up"]
-        yield from ranks.broadcast(number, name, "down", by_kind, clients)
+        yield from ranks.broadcast(number, name, "down", by_kind["down"], clients)
         headers = partial(ranks.gather, number, name, "control", {"header": HEADER_BYTES}, clients)
         if collective == "reduce":
-            yield from ranks.reduce(number, name, "up", by_kind, clients, 4 * phase["trainable"])
+            yield from ranks.reduce(number, name, "up", by_kind["up"], clients, 4 * phase["trainable"])
             yield from headers(HEADER_BYTES)
         else:
-            yield from ranks.gather(number, name, "up", by_kind, clients, HEADER_BYTES + nbytes)
+            yield from ranks.gather(number, name, "up", by_kind["up"], clients, HEADER_BYTES + nbytes)
             yield from headers(0)  # they travelled with the messages
 
     def _hosted(self, size: int) -> list[int]:

@@ -36,12 +36,12 @@ def _planned(run: Run) -> _Sums:
     sums: _Sums = Counter()
     for number in range(1, run.done + 1):
         phase = run.protocol.phase(number)
-        for kind, nbytes in phase["message_bytes"]["by_kind"].items():
-            for way in WAYS:
+        for way in WAYS:
+            for kind, nbytes in phase["message_bytes"]["by_kind"][way].items():
                 sums[number, phase["phase"], way, kind] += nbytes * run.config.sampled
         if phase["folds"] and number == phase["first"]:
             for handed in (run.protocol.phases[phase["at"] - 1], phase):
-                for kind, nbytes in handed["message_bytes"]["by_kind"].items():
+                for kind, nbytes in handed["message_bytes"]["by_kind"]["down"].items():
                     sums[number, phase["phase"], "down", kind] += nbytes * run.config.clients.count
     return sums
 

@@ -1,7 +1,7 @@
 """The settings of a run: typed sections, each setting documented once, here. ``settings.py`` reads them from YAML."""
 
 from slora_dist.config.clients import ClientsConfig
-from slora_dist.config.comm import CommConfig, WireConfig
+from slora_dist.config.comm import CommConfig, Indices, Values, WireConfig
 from slora_dist.config.data import DataConfig
 from slora_dist.config.method import PRESETS, AnyPhase, DensePhase, LowrankPhase, MethodConfig, Phase, SparsePhase
 from slora_dist.config.model import ModelConfig
@@ -17,6 +17,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DensePhase",
+    "Indices",
     "LinkConfig",
     "LowrankPhase",
     "MethodConfig",
@@ -27,5 +28,6 @@ __all__ = [
     "ServerConfig",
     "SharedLinkConfig",
     "SparsePhase",
+    "Values",
     "WireConfig",
 ]

@@ -6,17 +6,33 @@ from pydantic import Field
 
 from slora_dist.section import Positive, Section
 
+Values = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+Indices = Literal["implicit", "gap", "gap+zstd", "int32"]
+
 
 class WireConfig(Section):
     """How numbers become bytes."""
 
-    values: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32", description="Number format of values and factors; `int8` comes with a float32 scale for each block of 128."
+    values: Values = Field(
+        "float32",
+        description="Number format of values and factors: float32, bfloat16, float16 with a scale, int8 with a float32 scale for each block of 128, int4 for each of 32.",
     )
-    indices: Literal["implicit", "gap", "gap+zstd", "int32"] = Field(
+    up_values: Values | None = Field(None, description="Number format of what clients send. Empty: that of `values`.")
+    down_values: Values | None = Field(None, description="Number format of what the server sends. Empty: that of `values`.")
+    indices: Indices = Field(
         "implicit",
         description="Masked positions: derived from the seed on every rank, or sent before the values as gaps in bytes, as such gaps through zstandard, or as int32.",
     )
+
+    @property
+    def up(self) -> Values:
+        """The number format of uploads."""
+        return self.up_values or self.values
+
+    @property
+    def down(self) -> Values:
+        """The number format of broadcasts."""
+        return self.down_values or self.values
 
 
 class CommConfig(Section):

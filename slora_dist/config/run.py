@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from slora_dist.config.clients import ClientsConfig
-from slora_dist.config.comm import CommConfig, WireConfig
+from slora_dist.config.comm import CommConfig
 from slora_dist.config.data import DataConfig
 from slora_dist.config.method import MethodConfig
 from slora_dist.config.model import ModelConfig
@@ -64,9 +64,9 @@ class Config(Section):
             raise ConfigError("model.name", "no model", "a folder or name, or `model.config` with a `model_type`")
         if self.data.partition == "natural" and not self.data.client_column and not self.client_files:
             raise ConfigError("data.client_column", "missing", "the column that names the client, with `data.partition: natural`")
-        if self.comm.collective != "gather" and self.comm.wire != WireConfig():
+        if self.comm.collective != "gather" and (self.comm.wire.up, self.comm.wire.indices) != ("float32", "implicit"):
             raise ConfigError(
-                "comm.collective", f"{self.comm.collective} with another wire", "gather, or float32 values with implicit indices"
+                "comm.collective", f"{self.comm.collective} with another wire", "gather, or uploads of float32 values with implicit indices"
             )
         if self.client_files and self.data.labels is None:
             raise ConfigError("data.labels", "missing", "the number of classes or their names, when each client has its own file")

@@ -23,7 +23,7 @@ from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import Checkpoint
 from slora_dist.stage import Stage, switch_record
 from slora_dist.svd import Factors
-from slora_dist.wire import Wire
+from slora_dist.wire import Wire, Wires
 
 
 def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
@@ -75,10 +75,11 @@ def _enter(seat: Seat, at: int) -> Stage:
     coordinates = methods.support(phase, seat.classifier, seat.config.method, seat.config.run.seed)
     methods.enter(phase, seat.classifier, coordinates)
     seat.net.to(seat.device)
-    wire = Wire(coordinates, seat.config.comm.wire.values, seat.config.comm.wire.indices)
+    wires = Wires.of(coordinates, seat.config.comm.wire)
     first = 1 + sum(earlier.rounds for earlier in seat.phases[:at])
     seat.where.phase = name
-    return Stage(at, name, phase, first, coordinates, wire, coordinates.reference(seat.net), None, _collective(seat, wire, name, first))
+    collective = _collective(seat, wires.up, name, first)
+    return Stage(at, name, phase, first, coordinates, wires, coordinates.reference(seat.net), None, collective)
 
 
 def _collective(seat: Seat, wire: Wire, name: str, number: int) -> str:
@@ -112,9 +113,9 @@ def _spread(seat: Seat, previous: Stage, stage: Stage, learned: Mapping[str, Ten
 
 def _fold(seat: Seat, previous: Stage, stage: Stage) -> None:
     """Let the frozen base of every rank take over what the factors leave out: the two vectors travel once to every client."""
-    label_before = Label(stage.name, stage.first, "down", previous.wire.by_kind())
-    before_N = seat.send_down(previous.wire, previous.server, label_before, _hosted(seat))
-    after_N = seat.send_down(stage.wire, stage.server, stage.label(stage.first, "down"), _hosted(seat))
+    label_before = Label(stage.name, stage.first, "down", previous.wires.down.by_kind())
+    before_N = seat.send_down(previous.wires.down, previous.server, label_before, _hosted(seat))
+    after_N = seat.send_down(stage.wires.down, stage.server, stage.label(stage.first, "down"), _hosted(seat))
     before = methods.learned(previous.phase, seat.classifier, previous.coordinates, before_N)
     factors = methods.learned(stage.phase, seat.classifier, stage.coordinates, after_N)
     assert isinstance(stage.phase, LowrankPhase)

@@ -86,13 +86,13 @@ class Session:
         self.seat.network.begin(plan, number)
         self.where.operation = "broadcast"
         clients = len(plan.played_by(self.comm.rank))
-        offset_N = self.seat.send_down(stage.wire, stage.server, stage.label(number, "down"), clients)
+        offset_N = self.seat.send_down(stage.wires.down, stage.server, stage.label(number, "down"), clients)
         self.where.operation = "upload"
         received = self._upload(stage, number, plan, offset_N)
         record: dict[str, Any] = {"round": number, "phase": stage.name}
         if received:
             record |= self._judge(stage, number, received)
-            nbytes = (stage.wire.nbytes, HEADER_BYTES + stage.wire.nbytes)
+            nbytes = (stage.wires.down.nbytes, HEADER_BYTES + stage.wires.up.nbytes)
             trained = [one.seconds for one in received.headers]
             record["network"] = self.seat.network.seconds(plan, number, nbytes, trained, received.seconds)
         self.where.operation = "ledger"
@@ -108,9 +108,9 @@ class Session:
 
     def _upload(self, stage: Stage, number: int, plan: RoundPlan, offset_N: Tensor) -> Received | None:
         """Train this rank's clients and bring all updates to rank 0, which moves the global state by their mean."""
-        expected = [Header(client, stage.at, number, 1, 0.0, 0.0, stage.wire.nbytes) for client in plan.clients]
+        expected = [Header(client, stage.at, number, 1, 0.0, 0.0, stage.wires.up.nbytes) for client in plan.clients]
         by_examples = self.config.server.weighting == "examples"
-        job = Upload(stage.wire, stage.label(number, "up"), expected, plan.ranks, by_examples)
+        job = Upload(stage.wires.up, stage.label(number, "up"), expected, plan.ranks, by_examples)
         updates = self._updates(stage, number, plan.played_by(self.comm.rank), offset_N)
         received = (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
         if received and stage.server:
@@ -133,7 +133,7 @@ class Session:
             with self.journal.span("train", stage.name, number, client):
                 update = train(self.seat.net, stage.coordinates, start_N, documents, recipe, seed)
             self.where.operation = "upload"
-            header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, stage.wire.nbytes)
+            header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, stage.wires.up.nbytes)
             yield header, update.delta_N
 
     def _judge(self, stage: Stage, number: int, received: Received) -> dict[str, Any]:
