@@ -26,6 +26,23 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def partition(options: argparse.Namespace) -> int:
+    """Print how the documents fall to the clients, and draw it."""
+    from slora_dist import show
+    from slora_dist.data.overview import overview
+    from slora_dist.report import heatmap
+    from slora_dist.report.read import split
+
+    if options.plot:
+        heatmap.check(options.plot)
+    config = settings.load(options.config, options.overrides)
+    found = overview(config)
+    if options.plot:
+        heatmap.draw(found, f"{split(config)}, {len(found.counts_KC)} clients, seed {config.run.seed}", options.plot)
+    print(json.dumps(found.figures() | found.table(), indent=1)) if options.json else show.partition(split(config), found.figures())
+    return 0
+
+
 def export(options: argparse.Namespace) -> int:
     """Write a run's adapter, or the merged model."""
     from slora_dist.export import export

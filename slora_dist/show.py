@@ -100,6 +100,16 @@ def plan(plan: dict[str, Any]) -> None:
         print(f"a round of {name}  " + ", ".join(f"{part} {seconds:.3g} s" for part, seconds in parts.items()))
 
 
+def partition(words: str, figures: dict[str, Any]) -> None:
+    """Print how the documents fall to the clients."""
+    documents, labels = figures["documents"], figures["labels_per_client"]
+    print(f"partition   {words}, {figures['clients']} clients")
+    print(f"documents   {documents['min']:,} to {documents['max']:,} of {documents['total']:,} a client, median {documents['median']:g}")
+    print(f"labels      {labels['min']} to {labels['max']} of {figures['labels']} a client, median {labels['median']:g}")
+    print(f"label skew  {figures['label_skew']:.3f}  (0: every client has all labels as they are in the whole; 1: none of them)")
+    print(f"size skew   {figures['size_skew']:.3f}  (standard deviation of the clients' documents over their mean)")
+
+
 def doctor(found: dict[str, Any]) -> None:
     """Print what the doctor found: software, places, timings, advice."""
     console = _console()

@@ -25,11 +25,11 @@ class DataConfig(Section):
     max_length: int = Field(128, ge=2, description="Tokens of a document that are read.")
     limit: int | None = Field(None, ge=1, description="Training documents used, drawn by the run's seed. Empty: all.")
     test_limit: int | None = Field(None, ge=1, description="Held-out documents used, drawn by the run's seed. Empty: all.")
-    partition: Literal["iid", "dirichlet", "pathological", "natural"] = Field(
+    partition: Literal["iid", "dirichlet", "pathological", "quantity", "natural"] = Field(
         "iid",
-        description="How one source is split over the clients: at random, by Dirichlet(alpha) over labels, by few labels a client, or by `data.client_column`.",
+        description="How one source is split over the clients: at random, by Dirichlet(alpha) over labels, by few labels a client, at random into sizes by Dirichlet(alpha), or by `data.client_column`.",
     )
-    alpha: Positive = Field(0.5, description="Dirichlet concentration: small is heterogeneous.")
+    alpha: Positive = Field(0.5, description="Dirichlet concentration, of labels or of sizes: small is heterogeneous.")
     shards: int = Field(
         2, ge=1, description="Pathological split: documents sorted by label are cut into clients x shards pieces, `shards` for each client."
     )

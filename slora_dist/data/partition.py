@@ -1,4 +1,7 @@
-"""How one source falls to clients: at random, or by a partitioner of flwr-datasets. Every rank computes the same split; nothing is sent."""
+"""How one source falls to clients: at random, in drawn sizes, or by a partitioner of flwr-datasets.
+
+Every rank computes the same split; nothing is sent. Legend: K clients.
+"""
 
 import contextlib
 import io
@@ -48,6 +51,8 @@ def _natural(documents: Documents, count: int) -> list[NDArray[np.int64]]:
 def _drawn(documents: Documents, config: DataConfig, count: int, seed: int) -> list[NDArray[np.int64]]:
     if config.partition == "iid":  # one line; the library's import would cost every rank a second and 150 MB
         return [np.sort(part) for part in np.array_split(permutation(len(documents.texts), seed), count)]
+    if config.partition == "quantity":
+        return _sized(len(documents.texts), config.alpha, count, seed)
     from flwr_datasets.partitioner import DirichletPartitioner, ShardPartitioner
 
     if config.partition == "dirichlet":
@@ -58,6 +63,13 @@ def _drawn(documents: Documents, config: DataConfig, count: int, seed: int) -> l
         raise ConfigError("data.shards", problem, f"1 to {len(documents.texts) // count}")
     shards = ShardPartitioner(count, "key", num_shards_per_partition=config.shards, keep_incomplete_shard=True, seed=seed)
     return _indices(shards, documents.labels, range(count))
+
+
+def _sized(total: int, alpha: float, count: int, seed: int) -> list[NDArray[np.int64]]:
+    """Split at random into sizes of drawn shares: each client has one document, and of the rest its share by Dirichlet(alpha)."""
+    share_K = np.random.Generator(np.random.Philox(key=derive(seed, "sizes"))).dirichlet(np.full(count, alpha))
+    end_K = np.rint(np.cumsum(share_K) * (total - count)).astype(np.int64) + np.arange(1, count + 1)
+    return [np.sort(part) for part in np.split(permutation(total, seed), end_K[:-1])]
 
 
 def _indices(partitioner: Any, keys: list[int] | list[str], parts: Any) -> list[NDArray[np.int64]]:

@@ -106,7 +106,12 @@ def facts(run: Run) -> dict[str, str]:
 def split(config: Config) -> str:
     """Return how the documents fall to the clients, in words."""
     data = config.data
-    extra = {"dirichlet": f" {data.alpha:g}", "pathological": f" {data.shards} shards", "natural": f" {data.client_column or 'files'}"}
+    extra = {
+        "dirichlet": f" {data.alpha:g}",
+        "quantity": f" {data.alpha:g}",
+        "pathological": f" {data.shards} shards",
+        "natural": f" {data.client_column or 'files'}",
+    }
     return data.partition + extra.get(data.partition, "")
 
 

@@ -24,7 +24,7 @@ def natural() -> Documents:
     return documents(300, [name for name, size in sizes.items() for _ in range(size)])
 
 
-@pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological", "natural"])
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological", "quantity", "natural"])
 def test_parts_are_disjoint_ascending_and_repeatable(partition: str) -> None:
     parts = split(natural(), config(partition), 4, seed=3)
     joined = np.concatenate(parts)
@@ -34,13 +34,13 @@ def test_parts_are_disjoint_ascending_and_repeatable(partition: str) -> None:
     assert [part.tolist() for part in parts] == [part.tolist() for part in again]
 
 
-@pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological"])
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological", "quantity"])
 def test_the_seed_matters(partition: str) -> None:
     one, two = (split(documents(), config(partition), 4, seed) for seed in (0, 1))
     assert [part.tolist() for part in one] != [part.tolist() for part in two]
 
 
-@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "quantity"])
 def test_all_documents_are_given_out(partition: str) -> None:
     assert sum(map(len, split(documents(), config(partition), 7, seed=0))) == 300
 
@@ -56,6 +56,27 @@ def test_small_alpha_is_more_heterogeneous() -> None:
         return float(np.std([len(part) for part in split(documents(), config("dirichlet", alpha=alpha), 4, seed=1)]))
 
     assert spread(0.1) > 3 * spread(1000.0)
+
+
+def test_quantity_skews_the_sizes_and_not_the_labels() -> None:
+    even, skewed = (split(documents(3000), config("quantity", alpha=alpha), 10, seed=1) for alpha in (1e4, 0.3))
+    sizes = [sorted(map(len, parts)) for parts in (even, skewed)]
+    assert sizes[0][0] > 250 and sizes[1][0] < 100 and sizes[1][-1] > 600
+    largest = max(skewed, key=len)
+    counts = np.bincount(largest % CLASSES, minlength=CLASSES)
+    assert abs(counts / len(largest) - 1 / CLASSES).max() < 0.05
+
+
+@pytest.mark.parametrize(("total", "count"), [(30, 30), (31, 30), (300, 100)])
+def test_the_smallest_share_is_one_document(total: int, count: int) -> None:
+    parts = split(documents(total), config("quantity", alpha=0.01), count, seed=0)
+    assert min(map(len, parts)) == 1 and sum(map(len, parts)) == total
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological", "quantity"])
+def test_one_client_holds_everything(partition: str) -> None:
+    (part,) = split(documents(), config(partition), 1, seed=0)
+    assert part.tolist() == list(range(300))
 
 
 @pytest.mark.parametrize("shards", [1, 2])
