@@ -8,9 +8,9 @@ from typing import Any
 
 from slora_dist import methods
 from slora_dist.config import Config, DensePhase
+from slora_dist.exchange import Exchange
 from slora_dist.ledger import Direction
 from slora_dist.model import Classifier
-from slora_dist.support import Support
 from slora_dist.wire import HEADER_BYTES, Wires
 
 
@@ -19,14 +19,14 @@ def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[
 
     ``minutes`` are those of one client that takes part in every round, on a link of each of ``mbit`` Mbit/s in both directions.
     """
-    phases, previous = [], None
+    phases, previous = list[dict[str, Any]](), None
     parameters = sum(parameter.numel() for parameter in classifier.net.parameters())
-    for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
-        coordinates = methods.support(phase, classifier, config.method, config.run.seed)
-        wires = Wires.of(coordinates, config.comm.wire)
-        handover = wires.down.nbytes + previous.down.nbytes if previous and methods.keeps(phase) else 0
-        phases.append(_phase(config, name, phase.rounds, coordinates, wires, handover) | {"density": coordinates.numel / parameters})
-        previous = wires
+    for (name, exchange), phase in zip(exchanges(config, classifier).items(), config.method.resolved(), strict=True):
+        wire = exchange.whole.down
+        handover = wire.nbytes + previous.nbytes if previous and methods.keeps(phase) else 0
+        density = exchange.coordinates.numel / parameters
+        phases.append(_phase(config, name, exchange, handover) | {"density": density})
+        previous = wire
     by_phase = {phase["phase"]: phase["payload_bytes"] for phase in phases}
     sums = {way: sum(entry[way] for entry in by_phase.values()) for way in ("up", "down")}
     full = full_finetuning(config, classifier)
@@ -43,6 +43,15 @@ def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[
     }
 
 
+def exchanges(config: Config, classifier: Classifier) -> dict[str, Exchange]:
+    """Return the messages of every phase, by its name."""
+    found, first = {}, 1
+    for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
+        found[name] = Exchange(config, phase, first, methods.support(phase, classifier, config.method, config.run.seed))
+        first += phase.rounds
+    return found
+
+
 def full_finetuning(config: Config, classifier: Classifier) -> dict[Direction, int]:
     """Return the payload of full fine-tuning in the same rounds with the same clients and number format."""
     coordinates = methods.support(DensePhase(), classifier, config.method, config.run.seed)
@@ -51,27 +60,32 @@ def full_finetuning(config: Config, classifier: Classifier) -> dict[Direction, i
     return {"up": wires.up.nbytes * messages, "down": wires.down.nbytes * messages}
 
 
-def _phase(config: Config, name: str, rounds: int, coordinates: Support, wires: Wires, handover: int) -> dict[str, Any]:
-    up, down = (wire.nbytes * config.sampled * rounds for wire in (wires.up, wires.down))
+def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict[str, Any]:
+    """Return a phase's row: ``message_bytes`` are those of its first round, ``client_bytes`` those of a client in all of its rounds."""
+    first, rounds = exchange.up(exchange.first).wires, exchange.numbers()
+    down = [message for number in rounds for message in exchange.down(number)]
+    faithful = list(exchange.faithful())
     return {
         "phase": name,
-        "rounds": rounds,
-        "trainable": coordinates.numel,
-        "trainable_by_kind": coordinates.counts(),
+        "rounds": exchange.rounds,
+        "trainable": exchange.coordinates.numel,
+        "trainable_by_kind": exchange.coordinates.counts(),
         "message_bytes": {
-            "up": wires.up.nbytes,
-            "down": wires.down.nbytes,
-            "by_kind": {"up": wires.up.by_kind(), "down": wires.down.by_kind()},
+            "up": first.up.nbytes,
+            "down": faithful[0][1],
+            "by_kind": {"up": first.up.by_kind(), "down": exchange.whole.down.by_kind()},
         },
+        "client_bytes": {"up": sum(up for up, _ in faithful), "down": sum(down for _, down in faithful)},
         "handover_bytes": handover,
-        "payload_bytes": {"up": up, "down": down + handover * config.clients.count},
+        "payload_bytes": {
+            "up": sum(exchange.up(number).wires.up.nbytes for number in rounds) * config.sampled,
+            "down": sum(message.wires.down.nbytes * len(message.clients) for message in down) + handover * config.clients.count,
+        },
     }
 
 
 def _one_client(phases: Sequence[dict[str, Any]]) -> int:
-    return sum(
-        (phase["message_bytes"]["up"] + phase["message_bytes"]["down"]) * phase["rounds"] + phase["handover_bytes"] for phase in phases
-    )
+    return sum(phase["client_bytes"]["up"] + phase["client_bytes"]["down"] + phase["handover_bytes"] for phase in phases)
 
 
 def _minutes(nbytes: int, mbit: float) -> float:

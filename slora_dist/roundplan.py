@@ -31,18 +31,23 @@ def home(client: int, size: int) -> int:
     return workers(size)[client % len(workers(size))]
 
 
+def sample(config: Config, number: int) -> tuple[int, ...]:
+    """Return the clients of round ``number`` (from 1), ascending: K of N, uniform, without replacement."""
+    order = permutation(config.clients.count, derive(config.run.seed, "sample", number))
+    return tuple(sorted(int(client) for client in order[: config.sampled]))
+
+
 def plan_round(config: Config, number: int, size: int, examples: Sequence[int] | None) -> RoundPlan:
-    """Plan round ``number`` (from 1) for ``size`` ranks: K of N clients, uniform, without replacement.
+    """Plan round ``number`` (from 1) for ``size`` ranks.
 
     With ``examples`` (documents of each client) the clients are spread so that the most loaded rank has little more than its share:
     the largest first, each to the least loaded rank. A client whose file or state is only there stays at its home.
     """
-    order = permutation(config.clients.count, derive(config.run.seed, "sample", number))
-    clients = sorted(int(client) for client in order[: config.sampled])
+    clients = sample(config, number)
     if config.at_home or examples is None:
-        return RoundPlan(tuple(clients), tuple(home(client, size) for client in clients))
+        return RoundPlan(clients, tuple(home(client, size) for client in clients))
     ranks = dict(zip(clients, workers(size), strict=False)) if len(clients) <= len(workers(size)) else _spread(clients, size, examples)
-    return RoundPlan(tuple(clients), tuple(ranks[client] for client in clients))
+    return RoundPlan(clients, tuple(ranks[client] for client in clients))
 
 
 def check_world(config: Config, size: int) -> None:

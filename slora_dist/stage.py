@@ -9,32 +9,36 @@ from typing import Any
 
 from torch import Tensor
 
+from slora_dist.aggregate.factors import Pair
 from slora_dist.aggregate.server import Server
 from slora_dist.evaluate import Score
+from slora_dist.exchange import Exchange
 from slora_dist.ledger import Direction, Label
 from slora_dist.methods import AnyPhase, Start
 from slora_dist.support import Support
-from slora_dist.wire import Wires
 
 
 @dataclass
 class Stage:
-    """One phase as a rank holds it: its coordinates and codecs, the reference of the offsets, and on rank 0 the server's state."""
+    """One phase as a rank holds it: its coordinates and messages, the reference of the offsets, and on rank 0 the server's state.
+
+    ``held_N`` is the offset as clients hold it, made of all broadcasts so far.
+    """
 
     at: int
     name: str
     phase: AnyPhase
     first: int  # number of its first round in the run
     coordinates: Support
-    wires: Wires
+    exchange: Exchange
+    pairs: list[Pair]
     reference_N: Tensor
+    held_N: Tensor
     server: Server | None
     collective: str
 
-    def label(self, number: int, direction: Direction, by_kind: Mapping[str, int] | None = None) -> Label:
-        """Return the ledger's label of a message of this phase; without ``by_kind`` it is an update, up or down."""
-        if by_kind is None:
-            by_kind = (self.wires.up if direction == "up" else self.wires.down).by_kind()
+    def label(self, number: int, direction: Direction, by_kind: Mapping[str, int]) -> Label:
+        """Return the ledger's label of a message of this phase."""
         return Label(self.name, number, direction, dict(by_kind))
 
 

@@ -2,13 +2,13 @@
 
 Optimiser, codec, collective, aggregator, ledger and checkpoint know only such vectors; this file alone knows where each number lives.
 
-Legend: N coordinates, O/I out/in features. A *value* is the weight itself; an *offset* is its difference from the reference that every
-rank knows without a message (the pretrained weight; zero for a LoRA factor). Offsets are what travels, what the server holds, and what a
-sparse phase hands over: the accumulated update.
+Legend: N coordinates, n those of a part, O/I out/in features. A *value* is the weight itself; an *offset* is its difference from the
+reference that every rank knows without a message (the pretrained weight; zero for a LoRA factor). Offsets are what travels, what the
+server holds, and what a sparse phase hands over: the accumulated update.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -109,6 +109,14 @@ class Support:
             counts[slot.kind] = counts.get(slot.kind, 0) + slot.count
         return counts
 
+    def part(self, kinds: Collection[Kind]) -> "Part":
+        """Return the coordinates of some kinds as a part of these."""
+        if kinds and all(slot.kind in kinds for slot in self.slots):
+            return Part(self, None)
+        chosen = [(slot, span) for slot, span in self.spans() if slot.kind in kinds]
+        spans = [torch.arange(span.start, span.stop) for _, span in chosen]
+        return Part(Support([slot for slot, _ in chosen]), torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64))
+
     def read(self, model: nn.Module) -> Tensor:
         """Return the model's values at the coordinates, float32 of length N."""
         return torch.cat([slot.take(model.get_parameter(slot.name)).float() for slot in self.slots])
@@ -118,6 +126,12 @@ class Support:
         """Write the values into the model; no other weight moves by one bit."""
         for slot, span in self.spans():
             slot.put(model.get_parameter(slot.name), values_N[span])
+
+    def require_grad(self, model: nn.Module, whole: "Support") -> None:
+        """Let of the parameters of ``whole`` those train that this support, a part of it, has slots in."""
+        own = {slot.name for slot in self.slots}
+        for slot in whole.slots:
+            model.get_parameter(slot.name).requires_grad_(slot.name in own)
 
     def densify(self, offset_N: Tensor) -> dict[str, Tensor]:
         """Return the offset of each parameter in its own shape, zero where nothing is trained."""
@@ -140,3 +154,26 @@ class Support:
                 digest.update(slot.index.numpy().tobytes())
         digest.update(reference_N.cpu().numpy().tobytes())
         return digest.digest()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some coordinates of a support of N, as a support of their own: ``index_n`` are their places in the whole, None for all of it."""
+
+    support: Support
+    index_n: Tensor | None
+
+    def take(self, whole_N: Tensor) -> Tensor:
+        """Return the part's entries of a vector of the whole."""
+        return whole_N if self.index_n is None else whole_N[self.index_n.to(whole_N.device)]
+
+    def merge(self, whole_N: Tensor, part_n: Tensor) -> Tensor:
+        """Return a vector of the whole with the part's entries from ``part_n`` and the others' bits as they are; ``whole_N`` is used up."""
+        if self.index_n is None:
+            return part_n
+        whole_N[self.index_n.to(whole_N.device)] = part_n
+        return whole_N
+
+    def spread(self, part_n: Tensor, numel: int) -> Tensor:
+        """Return a vector of the whole, of ``numel`` entries, that is zero but for the part."""
+        return part_n if self.index_n is None else self.merge(torch.zeros(numel, dtype=part_n.dtype), part_n)

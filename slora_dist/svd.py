@@ -1,6 +1,7 @@
 """The switch of SLoRA: the best rank-r factors of an accumulated update.
 
-Legend: O/I out/in features, R rank. ``delta_OI`` is factored as B A with B_OR and A_RI, and peft adds ``scale * B A`` to the weight.
+Legend: O/I out/in features, R rank, Q columns of a product's left factor. ``delta_OI`` is factored as B A with B_OR and A_RI,
+and peft adds ``scale * B A`` to the weight.
 """
 
 from dataclasses import dataclass
@@ -43,15 +44,33 @@ def factor(delta_OI: Tensor, rank: int, scale: float = 1.0, split: Literal["us",
         raise ValueError("the update has entries that are not finite")
     energy = float(np.square(entries).sum())
     u_OR, s_R, vt_RI = _fix_signs(*_truncated(matrix, rank, energy))
-    left_R, right_R = (s_R, np.ones_like(s_R)) if split == "us" else (np.sqrt(s_R), np.sqrt(s_R))
-    if not s_R.any():
-        right_R = np.ones_like(s_R)
+    b_OR, a_RI = _split(u_OR, s_R, vt_RI, scale, split)
     return Factors(
-        b_OR=torch.from_numpy(u_OR * left_R / scale).float(),
-        a_RI=torch.from_numpy(right_R[:, None] * vt_RI).float(),
+        b_OR,
+        a_RI,
         kept_energy=float((s_R**2).sum() / energy) if energy else 1.0,
         energy=energy,
     )
+
+
+def factor_product(
+    left_OQ: Tensor, right_QI: Tensor, rank: int, scale: float = 1.0, split: Literal["us", "sqrt"] = "us"
+) -> tuple[Tensor, Tensor]:
+    """Return (b_OR, a_RI) as ``factor`` does, of the product of two thin matrices, which is never formed.
+
+    QR of both leaves a core of Q x Q; its SVD is that of the product (FLoRIST, Ramesh and Dharma 2025). Needs Q >= ``rank``.
+    """
+    q_OQ, r_QQ = np.linalg.qr(left_OQ.double().numpy())
+    p_IQ, t_QQ = np.linalg.qr(right_QI.T.double().numpy())
+    u, s, vt = np.linalg.svd(r_QQ @ t_QQ.T)
+    u_OR, s_R, vt_RI = _fix_signs(q_OQ @ u[:, :rank], s[:rank], vt[:rank] @ p_IQ.T)
+    return _split(u_OR, s_R, vt_RI, scale, split)
+
+
+def _split(u_OR: np.ndarray, s_R: np.ndarray, vt_RI: np.ndarray, scale: float, split: Literal["us", "sqrt"]) -> tuple[Tensor, Tensor]:
+    """Return B and A; where all singular values are zero A still has orthonormal rows."""
+    left_R, right_R = (s_R, np.ones_like(s_R)) if split == "us" or not s_R.any() else (np.sqrt(s_R), np.sqrt(s_R))
+    return torch.from_numpy(u_OR * left_R / scale).float(), torch.from_numpy(right_R[:, None] * vt_RI).float()
 
 
 def _matrix(delta_OI: np.ndarray) -> Any:

@@ -15,10 +15,11 @@ import numpy as np
 from slora_dist import methods
 from slora_dist.config import Config
 from slora_dist.errors import ConfigError
+from slora_dist.exchange import Exchange
 from slora_dist.model import Classifier
 from slora_dist.network import Network
 from slora_dist.roundplan import RoundPlan, plan_round
-from slora_dist.wire import HEADER_BYTES, Wires
+from slora_dist.wire import HEADER_BYTES
 
 PARTS = ("broadcast", "train", "upload", "server", "control")
 VERBS = ("broadcast", "gather", "reduce")
@@ -50,12 +51,13 @@ def predict(config: Config, classifier: Classifier, machine: Mapping[str, Any]) 
         local = machine["phases"].get(name)
         if local is None:
             raise ConfigError("--machine", f"knows no phase {name}", f"a file measured with this config ({', '.join(machine['phases'])})")
-        wires = Wires.of(methods.support(phase, classifier, config.method, config.run.seed), config.comm.wire)
-        nbytes = (wires.down.nbytes, HEADER_BYTES + wires.up.nbytes)
+        messages = Exchange(config, phase, first, methods.support(phase, classifier, config.method, config.run.seed))
+        sizes = dict(zip(messages.numbers(), messages.faithful(), strict=True))
         plans = {number: plan_round(config, number, size, documents) for number in range(first, first + phase.rounds)}
         exchange = _emulated if config.network.mode != "off" else _measured
         parts = [
-            exchange(config, machine, plan, number, _trained(config, plan, documents, local), nbytes) for number, plan in plans.items()
+            exchange(config, machine, plan, number, _trained(config, plan, documents, local), sizes[number])
+            for number, plan in plans.items()
         ]
         mean = {part: float(np.mean([one.get(part, local.get(f"{part}_seconds", 0.0)) for one in parts])) for part in PARTS}
         seconds[name] = mean | {"round": sum(mean.values())}
@@ -75,14 +77,14 @@ def _trained(config: Config, plan: RoundPlan, documents: Sequence[int], local: M
 def _measured(
     config: Config, machine: Mapping[str, Any], plan: RoundPlan, number: int, trained: Sequence[float], nbytes: tuple[int, int]
 ) -> dict[str, float]:
-    """Return one round's parts on the transport: rank 0 takes the updates in client order as they come. ``nbytes``: down, up."""
-    verbs, last, (down, up) = _Verbs(machine), max(trained), nbytes
+    """Return one round's parts on the transport: rank 0 takes the updates in client order as they come. ``nbytes``: up, down."""
+    verbs, last, (up, down) = _Verbs(machine), max(trained), nbytes
     if config.comm.collective == "reduce":
-        arrived = last + verbs.seconds("reduce", up - HEADER_BYTES)
+        arrived = last + verbs.seconds("reduce", up)
     else:
         arrived = 0.0
         for ready in trained:
-            arrived = max(arrived, ready) + verbs.message(up)
+            arrived = max(arrived, ready) + verbs.message(HEADER_BYTES + up)
     control = verbs.seconds("gather", NOTES_BYTES)
     return {"broadcast": verbs.seconds("broadcast", down), "train": last, "upload": arrived - last, "control": control}
 
@@ -91,7 +93,8 @@ def _emulated(
     config: Config, machine: Mapping[str, Any], plan: RoundPlan, number: int, trained: Sequence[float], nbytes: tuple[int, int]
 ) -> dict[str, float]:
     """Return one round's parts on the emulated links."""
-    record = Network(config, None).seconds(plan, number, nbytes, trained, 0.0)
+    up, down = nbytes
+    record = Network(config, None).seconds(plan, number, (down, HEADER_BYTES + up), trained, 0.0)
     assert record is not None
     return {"broadcast": record["download"], "train": record["train"], "upload": record["upload"], "control": 0.0}
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slora_dist.aggregate.mean import Mean
+from slora_dist.aggregate.mean import Kept, Mean
 from slora_dist.agreement import tell
 from slora_dist.comm.metered import Metered
 from slora_dist.ledger import Label
@@ -27,13 +27,17 @@ PROBE_BYTES, PROBES = 8 << 20, 3
 
 @dataclass(frozen=True)
 class Upload:
-    """One round's upload: the wire, the ledger's label, what each client's header must say, and the rank that plays each client."""
+    """One round's upload: the wire, the ledger's label, what each client's header must say, and the rank that plays each client.
+
+    With ``holds`` rank 0 keeps every update, for a rule that needs all of them at once.
+    """
 
     wire: Wire
     label: Label
     expected: Sequence[Header]
     ranks: Sequence[int]
     by_examples: bool
+    holds: bool = False
 
     def weight(self, header: Header) -> float:
         """Return a client's weight in the mean."""
@@ -42,16 +46,19 @@ class Upload:
 
 @dataclass(frozen=True)
 class Received:
-    """What rank 0 has after an upload: headers in client order, the mean update, and the seconds spent on adding."""
+    """What rank 0 has after an upload: headers in client order, the mean update, the seconds spent on adding, and updates if kept."""
 
     headers: list[Header]
     mean_N: Tensor
     seconds: float
+    kept: Kept | None = None
 
 
 def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
     """Gather every update; rank 0 adds each bucket while the next arrives. Returns None on other ranks."""
-    wire, headers, mean = upload.wire, list[Header](), Mean(upload.wire.support.numel)
+    wire, headers = upload.wire, list[Header]()
+    kept = Kept(wire.support.numel) if upload.holds else None
+    mean = kept or Mean(wire.support.numel)
     spent, weight = 0.0, 1.0
     messages = (torch.cat([header.pack(), wire.encode(delta_N.cpu())]) for header, delta_N in updates)
     for message, offset, chunk_b in comm.gather(messages, upload.ranks, upload.label, HEADER_BYTES + wire.nbytes, header=True):
@@ -63,7 +70,7 @@ def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
             mean.count(weight)
         mean.add(*wire.decode_chunk(offset - HEADER_BYTES, chunk_b), weight)
         spent += time.perf_counter() - began
-    return Received(headers, mean.result(), spent) if comm.rank == 0 else None
+    return Received(headers, mean.result(), spent, kept) if comm.rank == 0 else None
 
 
 def reduce(comm: Metered, upload: Upload, updates: Updates) -> Received | None:

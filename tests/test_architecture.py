@@ -17,7 +17,7 @@ LEVELS = (
     "aggregate data",
     "model network roundplan",
     "methods",
-    "agreement client clientstate clock evaluate export handover plan runfolder stage summary timing upload",
+    "agreement client clientstate clock evaluate exchange export handover plan runfolder stage summary timing upload",
     "rounds",
     "audit device job report scalars show study",
     "calibrate",

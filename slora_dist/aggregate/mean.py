@@ -1,6 +1,6 @@
-"""The streaming mean of updates.
+"""The mean of updates, streaming or with all of them kept.
 
-Legend: N coordinates, n a stretch of them.
+Legend: N coordinates, n a stretch of them, K clients.
 """
 
 import torch
@@ -25,3 +25,34 @@ class Mean:
     def result(self) -> Tensor:
         """Return the mean over all clients that were counted; the sum becomes it, so that this is asked for once."""
         return self._sum_N.div_(self._weight)
+
+
+class Kept:
+    """The updates themselves, for rules that need all of them at once; memory O(K N)."""
+
+    def __init__(self, numel: int) -> None:
+        self._numel = numel
+        self.weights: list[float] = []
+        self.update_KN: list[Tensor] = []
+
+    def count(self, weight: float) -> None:
+        """Announce a client of ``weight``, before its first stretch."""
+        self.weights.append(weight)
+        self.update_KN.append(torch.empty(self._numel))
+
+    def add(self, start: int, values_n: Tensor, weight: float) -> None:
+        """Take a stretch of a client's update that begins at coordinate ``start``."""
+        self.update_KN[-1][start : start + values_n.numel()] = values_n
+
+    def result(self) -> Tensor:
+        """Return the mean, with the bits that ``Mean`` gives."""
+        mean = Mean(self._numel)
+        for weight, update_N in zip(self.weights, self.update_KN, strict=True):
+            mean.count(weight)
+            mean.add(0, update_N, weight)
+        return mean.result()
+
+    @property
+    def shares(self) -> list[float]:
+        """The weights as shares of their sum."""
+        return [weight / sum(self.weights) for weight in self.weights]

@@ -63,6 +63,11 @@ class Server:
         self._optimizer.step()
         self._offset.grad = None
 
+    @torch.no_grad()
+    def replace(self, offset_N: Tensor) -> None:
+        """Set the offset to what a rule has made of it."""
+        self._offset.copy_(offset_N)
+
     def state(self) -> dict[str, Tensor]:
         """Return all that a checkpoint needs, as named tensors."""
         moments: dict[str, Any] = self._optimizer.state_dict()["state"].get(0, {})

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from slora_dist.config import Config, LowrankPhase
+from slora_dist.exchange import Exchange
 from slora_dist.ledger import Row
 from slora_dist.roundplan import RoundPlan, home, plan_round
 from slora_dist.upload import PROBE_BYTES, PROBES
@@ -55,16 +56,20 @@ class Life:
 
 
 class Protocol:
-    """The run as its settings describe it. ``plan`` is ``plan.plan``'s, ``sizes`` the clients' documents where every rank knows them."""
+    """The run as its settings describe it.
 
-    def __init__(self, config: Config, plan: Mapping[str, Any], sizes: Sequence[int] | None) -> None:
+    ``plan`` is ``plan.plan``'s, ``messages`` are those of each phase, ``sizes`` the clients' documents where every rank knows them.
+    """
+
+    def __init__(self, config: Config, plan: Mapping[str, Any], messages: Mapping[str, Exchange], sizes: Sequence[int] | None) -> None:
         self.config, self.plan, self.sizes = config, plan, sizes
         self.phases: list[Row] = []
         first = 1
         for phase, settings in zip(plan["phases"], config.method.resolved(), strict=True):
             keeps = isinstance(settings, LowrankPhase) and "keep" in (settings.residual, settings.remainder) and first > 1
             spreads = isinstance(settings, LowrankPhase) and config.server.svd == "ranks" and first > 1
-            self.phases.append({**phase, "first": first, "folds": keeps, "spreads": spreads, "at": len(self.phases)})
+            own = {"first": first, "folds": keeps, "spreads": spreads, "at": len(self.phases), "messages": messages[phase["phase"]]}
+            self.phases.append({**phase, **own})
             first += phase["rounds"]
         self.rounds = first - 1
 
@@ -108,6 +113,9 @@ class Protocol:
             if any(earlier["folds"] for earlier in self.phases[: phase["at"] + 1]):
                 yield from ranks.broadcast(life.first, "start", "control", {"base": 4 * self.plan["parameters"]}, [1] * life.size)
             yield from self._enter(phase, life.first, ranks)
+            if not phase["messages"].stateless:
+                held = {"held": 4 * phase["trainable"]}
+                yield from ranks.broadcast(life.first, phase["phase"], "control", held, [1] * life.size)
 
     def _open(self, phase: Row, number: int, ranks: "_Ranks") -> Iterator[Want]:
         yield from self._enter(phase, number, ranks)
@@ -116,7 +124,8 @@ class Protocol:
             yield from ranks.broadcast(number, phase["phase"], "control", offset, [1] * ranks.size)
             yield from ranks.gather(number, phase["phase"], "control", {"factors": FREE}, [1] * ranks.size, FREE)
         if phase["folds"]:
-            for by_kind in (handed["message_bytes"]["by_kind"]["down"] for handed in (self.phases[phase["at"] - 1], phase)):
+            for handed in (self.phases[phase["at"] - 1], phase):
+                by_kind = handed["messages"].whole.down.by_kind()
                 yield from ranks.broadcast(number, phase["phase"], "down", by_kind, self._hosted(ranks.size))
 
     def _enter(self, phase: Row, number: int, ranks: "_Ranks") -> Iterator[Want]:
@@ -132,14 +141,17 @@ class Protocol:
     def _round(self, phase: Row, number: int, ranks: "_Ranks", collective: str) -> Iterator[Want]:
         plan = self.round_plan(number, ranks.size)
         clients = [len(plan.played_by(rank)) for rank in range(ranks.size)]
-        name, by_kind, nbytes = phase["phase"], phase["message_bytes"]["by_kind"], phase["message_bytes"]["up"]
-        yield from ranks.broadcast(number, name, "down", by_kind["down"], clients)
+        name, exchange = phase["phase"], phase["messages"]
+        for message in exchange.down(number):
+            concerned = [len(set(plan.played_by(rank)) & set(message.clients)) for rank in range(ranks.size)]
+            yield from ranks.broadcast(number, name, "down", message.wires.down.by_kind(), concerned)
+        wire = exchange.up(number).wires.up
         headers = partial(ranks.gather, number, name, "control", {"header": HEADER_BYTES}, clients)
         if collective == "reduce":
-            yield from ranks.reduce(number, name, "up", by_kind["up"], clients, 4 * phase["trainable"])
+            yield from ranks.reduce(number, name, "up", wire.by_kind(), clients, 4 * wire.support.numel)
             yield from headers(HEADER_BYTES)
         else:
-            yield from ranks.gather(number, name, "up", by_kind["up"], clients, HEADER_BYTES + nbytes)
+            yield from ranks.gather(number, name, "up", wire.by_kind(), clients, HEADER_BYTES + wire.nbytes)
             yield from headers(0)  # they travelled with the messages
 
     def _hosted(self, size: int) -> list[int]:

@@ -5,7 +5,7 @@ import json
 from slora_dist.audit.expected import Protocol
 from slora_dist.data.federation import Federation, class_names
 from slora_dist.model import shell, tokenizer
-from slora_dist.plan import plan
+from slora_dist.plan import exchanges, plan
 from slora_dist.runfolder import RunFolder
 
 WAYS = ("up", "down")
@@ -26,7 +26,8 @@ class Run:
         self.ledger, self.counters = (
             [line for line in folder.lines(name) if line["round"] != unwritten] for name in ("ledger", "counters")
         )
-        self.protocol = Protocol(self.config, self.plan, Federation(self.config, tokenizer(self.config.model)).sizes)
+        sizes = Federation(self.config, tokenizer(self.config.model)).sizes
+        self.protocol = Protocol(self.config, self.plan, exchanges(self.config, self.classifier), sizes)
         self.lives = self.protocol.lives(self.ledger, self.done)
 
     def size(self, number: int) -> int:

@@ -36,12 +36,15 @@ def _planned(run: Run) -> _Sums:
     sums: _Sums = Counter()
     for number in range(1, run.done + 1):
         phase = run.protocol.phase(number)
-        for way in WAYS:
-            for kind, nbytes in phase["message_bytes"]["by_kind"][way].items():
-                sums[number, phase["phase"], way, kind] += nbytes * run.config.sampled
+        exchange = phase["messages"]
+        sent = [("up", exchange.up(number).wires.up, run.config.sampled)]
+        sent += [("down", message.wires.down, len(message.clients)) for message in exchange.down(number)]
+        for way, wire, clients in sent:
+            for kind, nbytes in wire.by_kind().items():
+                sums[number, phase["phase"], way, kind] += nbytes * clients
         if phase["folds"] and number == phase["first"]:
             for handed in (run.protocol.phases[phase["at"] - 1], phase):
-                for kind, nbytes in handed["message_bytes"]["by_kind"]["down"].items():
+                for kind, nbytes in handed["messages"].whole.down.by_kind().items():
                     sums[number, phase["phase"], "down", kind] += nbytes * run.config.clients.count
     return sums
 

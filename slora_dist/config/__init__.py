@@ -3,7 +3,7 @@
 from slora_dist.config.clients import ClientsConfig
 from slora_dist.config.comm import CommConfig, Indices, Values, WireConfig
 from slora_dist.config.data import DataConfig
-from slora_dist.config.method import PRESETS, AnyPhase, DensePhase, LowrankPhase, MethodConfig, Phase, SparsePhase
+from slora_dist.config.method import PRESETS, AnyPhase, DensePhase, LowrankPhase, MethodConfig, Phase, Rule, SparsePhase
 from slora_dist.config.model import ModelConfig
 from slora_dist.config.network import LinkConfig, NetworkConfig, SharedLinkConfig
 from slora_dist.config.run import Config, RunConfig
@@ -24,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "NetworkConfig",
     "Phase",
+    "Rule",
     "RunConfig",
     "ServerConfig",
     "SharedLinkConfig",

@@ -7,6 +7,8 @@ from pydantic import Field, ValidationError, model_validator
 from slora_dist.errors import ConfigError
 from slora_dist.section import Positive, Real, Section, explain
 
+Rule = Literal["fedavg", "ffa", "rolora", "svd", "fedsvd"]
+
 
 class Phase(Section):
     """What every phase has."""
@@ -60,6 +62,10 @@ class LowrankPhase(Phase):
     remainder: Literal["drop", "keep"] = Field(
         "drop",
         description="The first phase's change of what is no LoRA target (embeddings, biases, norms): forget it, or keep it in the frozen base.",
+    )
+    rule: Rule = Field(
+        "fedavg",
+        description="How the clients' factors become one: `fedavg` (the paper) averages both; `ffa`, `rolora`, `fedsvd` and `svd` are exact in the product B A, see docs/algorithm.md.",
     )
     split: Literal["us", "sqrt"] = Field("us", description="Where the singular values go: all to B (the paper), or their roots to both.")
 

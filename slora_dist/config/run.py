@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from slora_dist.config.clients import ClientsConfig
 from slora_dist.config.comm import CommConfig
 from slora_dist.config.data import DataConfig
-from slora_dist.config.method import MethodConfig
+from slora_dist.config.method import LowrankPhase, MethodConfig
 from slora_dist.config.model import ModelConfig
 from slora_dist.config.network import NetworkConfig
 from slora_dist.config.server import ServerConfig
@@ -68,8 +68,21 @@ class Config(Section):
             raise ConfigError(
                 "comm.collective", f"{self.comm.collective} with another wire", "gather, or uploads of float32 values with implicit indices"
             )
+        for phase in self.method.resolved():
+            if isinstance(phase, LowrankPhase):
+                self._rule_fits(phase)
         if self.client_files and self.data.labels is None:
             raise ConfigError("data.labels", "missing", "the number of classes or their names, when each client has its own file")
         if self.client_files and self.data.test_path is None:
             raise ConfigError("data.test_path", "missing", "a held-out file, when each client has its own file")
         return self
+
+    def _rule_fits(self, phase: LowrankPhase) -> None:
+        plain = (self.server.optimizer, self.server.lr, self.server.momentum) == ("sgd", 1.0, 0.0)
+        if phase.rule not in ("fedavg", "ffa") and not plain:
+            problem = f"{phase.rule} sets factors that a server optimiser would move again"
+            raise ConfigError("method.lowrank.rule", problem, "fedavg, ffa; or server.optimizer sgd with lr 1 and momentum 0")
+        if phase.rule == "svd" and self.comm.collective != "gather":
+            raise ConfigError(
+                "comm.collective", f"{self.comm.collective} with rule {phase.rule}, which needs every client's factors", "gather"
+            )

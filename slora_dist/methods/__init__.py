@@ -2,7 +2,7 @@
 
 from slora_dist.config import AnyPhase
 from slora_dist.methods.base import add_to_base, base_weights, remove_adapters
-from slora_dist.methods.lowrank import base_change, factorable, factored, keeps, lora_settings
+from slora_dist.methods.lowrank import base_change, factorable, factored, keeps, lora_settings, pairs
 from slora_dist.methods.phase import Start, begin, enter, learned, names, support
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "learned",
     "lora_settings",
     "names",
+    "pairs",
     "remove_adapters",
     "support",
 ]

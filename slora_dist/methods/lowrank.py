@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
+from slora_dist.aggregate.factors import Pair
 from slora_dist.config import AnyPhase, LowrankPhase
 from slora_dist.model import Classifier, dense_layers, is_transposed, ranks
 from slora_dist.seeding import derive
@@ -88,6 +89,17 @@ def factorable(phase: AnyPhase, classifier: Classifier, coordinates: Support) ->
         return []
     moved = {slot.name.removesuffix(".lora_B.default.weight").removesuffix(".weight") for slot in coordinates.slots}
     return [layer for layer in ranks(classifier, phase) if layer in moved]
+
+
+def pairs(phase: AnyPhase, classifier: Classifier, coordinates: Support) -> list[Pair]:
+    """Return where the factors of every target layer lie in the vector of ``coordinates``; none in a phase without factors."""
+    if not isinstance(phase, LowrankPhase):
+        return []
+    spans, found = {slot.name: span for slot, span in coordinates.spans()}, []
+    for layer, rank in ranks(classifier, phase).items():
+        a, b = (spans[name] for name in _names(layer))
+        found.append(Pair(layer, a, b, rank, _alpha(phase, rank) / rank))
+    return found
 
 
 def keeps(phase: AnyPhase) -> bool:

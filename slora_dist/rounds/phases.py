@@ -15,6 +15,7 @@ from slora_dist.agreement import gather_bytes
 from slora_dist.config import AnyPhase, LowrankPhase
 from slora_dist.errors import RunError
 from slora_dist.evaluate import Score
+from slora_dist.exchange import Exchange
 from slora_dist.handover import spread
 from slora_dist.ledger import Label
 from slora_dist.model import head_parameters
@@ -23,7 +24,7 @@ from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import Checkpoint
 from slora_dist.stage import Stage, switch_record
 from slora_dist.svd import Factors
-from slora_dist.wire import Wire, Wires
+from slora_dist.wire import Wire
 
 
 def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
@@ -65,7 +66,11 @@ def restore(seat: Seat, at: int, number: int, resumed: Checkpoint | None) -> Sta
     if resumed:
         stage.server = Server(seat.config.server, resumed.tensors["offset"])
         stage.server.restore(resumed.tensors)
+        stage.held_N = resumed.tensors.get("held", stage.held_N)
         seat.switch, seat.score = resumed.values["switch"], Score(**resumed.values["score"]) if resumed.values["score"] else None
+    if not stage.exchange.stateless:
+        wire_B = stage.held_N.view(torch.uint8)
+        seat.comm.broadcast(wire_B, stage.label(number + 1, "control", {"held": wire_B.numel()}), clients=1)
     return stage
 
 
@@ -75,11 +80,13 @@ def _enter(seat: Seat, at: int) -> Stage:
     coordinates = methods.support(phase, seat.classifier, seat.config.method, seat.config.run.seed)
     methods.enter(phase, seat.classifier, coordinates)
     seat.net.to(seat.device)
-    wires = Wires.of(coordinates, seat.config.comm.wire)
     first = 1 + sum(earlier.rounds for earlier in seat.phases[:at])
+    exchange = Exchange(seat.config, phase, first, coordinates)
+    pairs = methods.pairs(phase, seat.classifier, coordinates)
     seat.where.phase = name
-    collective = _collective(seat, wires.up, name, first)
-    return Stage(at, name, phase, first, coordinates, wires, coordinates.reference(seat.net), None, collective)
+    collective = _collective(seat, exchange.up(first).wires.up, name, first)
+    reference_N, held_N = coordinates.reference(seat.net), torch.zeros(coordinates.numel)
+    return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, None, collective)
 
 
 def _collective(seat: Seat, wire: Wire, name: str, number: int) -> str:
@@ -113,9 +120,15 @@ def _spread(seat: Seat, previous: Stage, stage: Stage, learned: Mapping[str, Ten
 
 def _fold(seat: Seat, previous: Stage, stage: Stage) -> None:
     """Let the frozen base of every rank take over what the factors leave out: the two vectors travel once to every client."""
-    label_before = Label(stage.name, stage.first, "down", previous.wires.down.by_kind())
-    before_N = seat.send_down(previous.wires.down, previous.server, label_before, _hosted(seat))
-    after_N = seat.send_down(stage.wires.down, stage.server, stage.label(stage.first, "down"), _hosted(seat))
+    before_N, after_N = (
+        seat.send_down(
+            one.exchange.whole.down,
+            one.server.offset_N if one.server else None,
+            stage.label(stage.first, "down", one.exchange.whole.down.by_kind()),
+            _hosted(seat),
+        )
+        for one in (previous, stage)
+    )
     before = methods.learned(previous.phase, seat.classifier, previous.coordinates, before_N)
     factors = methods.learned(stage.phase, seat.classifier, stage.coordinates, after_N)
     assert isinstance(stage.phase, LowrankPhase)

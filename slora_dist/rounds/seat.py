@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slora_dist.aggregate.server import Server
 from slora_dist.comm.metered import Metered
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
@@ -50,9 +49,9 @@ class Seat:
         self.score: Score | None = None
         self.test: Encoded | None = None  # rank 0: the held-out documents
 
-    def send_down(self, wire: Wire, server: Server | None, label: Label, clients: int) -> Tensor:
-        """Broadcast the server's offset; every rank, the server included, goes on with what the bytes say."""
-        wire_B = wire.encode(server.offset_N) if server else torch.empty(wire.nbytes, dtype=torch.uint8)
+    def send_down(self, wire: Wire, values_N: Tensor | None, label: Label, clients: int) -> Tensor:
+        """Broadcast rank 0's values; every rank, the server included, goes on with what the bytes say."""
+        wire_B = torch.empty(wire.nbytes, dtype=torch.uint8) if values_N is None else wire.encode(values_N)
         self.comm.broadcast(wire_B, label, clients)
         return wire.decode(wire_B)
 

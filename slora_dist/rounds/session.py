@@ -13,9 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from slora_dist import upload
+from slora_dist.aggregate import rules
 from slora_dist.agreement import gather_bytes, tell
 from slora_dist.client import Recipe, train
 from slora_dist.clock import synchronize
+from slora_dist.config import LowrankPhase
 from slora_dist.export import Result
 from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
@@ -85,14 +87,13 @@ class Session:
         plan = plan_round(self.config, number, self.comm.size, self.seat.federation.sizes)
         self.seat.network.begin(plan, number)
         self.where.operation = "broadcast"
-        clients = len(plan.played_by(self.comm.rank))
-        offset_N = self.seat.send_down(stage.wires.down, stage.server, stage.label(number, "down"), clients)
+        down = self._send_down(stage, number, plan)
         self.where.operation = "upload"
-        received = self._upload(stage, number, plan, offset_N)
+        received = self._upload(stage, number, plan)
         record: dict[str, Any] = {"round": number, "phase": stage.name}
         if received:
             record |= self._judge(stage, number, received)
-            nbytes = (stage.wires.down.nbytes, HEADER_BYTES + stage.wires.up.nbytes)
+            nbytes = (down, HEADER_BYTES + stage.exchange.up(number).wires.up.nbytes)
             trained = [one.seconds for one in received.headers]
             record["network"] = self.seat.network.seconds(plan, number, nbytes, trained, received.seconds)
         self.where.operation = "ledger"
@@ -106,24 +107,48 @@ class Session:
             self._save(stage, record, settled)
         return record
 
-    def _upload(self, stage: Stage, number: int, plan: RoundPlan, offset_N: Tensor) -> Received | None:
-        """Train this rank's clients and bring all updates to rank 0, which moves the global state by their mean."""
-        expected = [Header(client, stage.at, number, 1, 0.0, 0.0, stage.wires.up.nbytes) for client in plan.clients]
-        by_examples = self.config.server.weighting == "examples"
-        job = Upload(stage.wires.up, stage.label(number, "up"), expected, plan.ranks, by_examples)
-        updates = self._updates(stage, number, plan.played_by(self.comm.rank), offset_N)
+    def _send_down(self, stage: Stage, number: int, plan: RoundPlan) -> int:
+        """Bring the round's clients what they lack of the offset; returns the bytes of one that lacks everything that is sent."""
+        own, sent = set(plan.played_by(self.comm.rank)), 0
+        for message in stage.exchange.down(number):
+            wire, part = message.wires.down, message.part
+            values_n = part.take(stage.server.offset_N) if stage.server else None
+            label = stage.label(number, "down", wire.by_kind())
+            stage.held_N = part.merge(stage.held_N, self.seat.send_down(wire, values_n, label, len(own & set(message.clients))))
+            sent += wire.nbytes
+        return sent
+
+    def _upload(self, stage: Stage, number: int, plan: RoundPlan) -> Received | None:
+        """Train this rank's clients and bring all updates to rank 0, which moves the global state by them."""
+        message = stage.exchange.up(number)
+        wire = message.wires.up
+        expected = [Header(client, stage.at, number, 1, 0.0, 0.0, wire.nbytes) for client in plan.clients]
+        by_examples, holds = self.config.server.weighting == "examples", stage.exchange.behaviour.holds
+        job = Upload(wire, stage.label(number, "up", wire.by_kind()), expected, plan.ranks, by_examples, holds)
+        updates = self._updates(stage, number, plan.played_by(self.comm.rank))
         received = (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
         if received and stage.server:
             began = time.perf_counter() - received.seconds  # buckets were added as they came: here they stand together, at the end
-            stage.server.step(received.mean_N)
+            stage.server.step(message.part.spread(received.mean_N, stage.coordinates.numel))
+            if isinstance(stage.phase, LowrankPhase):
+                stage.server.replace(self._combine(stage, stage.phase, received, stage.server.offset_N))
             self.journal.note("aggregate", stage.name, number, began, time.perf_counter() - began)
         return received
 
-    def _updates(self, stage: Stage, number: int, clients: list[int], offset_N: Tensor) -> Iterator[tuple[Header, Tensor]]:
+    def _combine(self, stage: Stage, phase: LowrankPhase, received: Received, offset_N: Tensor) -> Tensor:
+        """Return the offset that the rule of a low-rank phase makes of the offset after the mean and of the clients' own values."""
+        kept = received.kept
+        value_KN = [stage.held_N + update_N for update_N in kept.update_KN] if kept else []
+        return rules.combine(phase, stage.pairs, offset_N, value_KN, kept.shares if kept else [])
+
+    def _updates(self, stage: Stage, number: int, clients: list[int]) -> Iterator[tuple[Header, Tensor]]:
         """Train one client after the other, when its update is asked for."""
         if not clients:
             return
-        start_N = stage.reference_N + offset_N.to(self.seat.device)
+        start_N = stage.reference_N + stage.held_N.to(self.seat.device)
+        part, nbytes = stage.exchange.trains(number), stage.exchange.up(number).wires.up.nbytes
+        stage.coordinates.write(self.seat.net, start_N)
+        part.support.require_grad(self.seat.net, stage.coordinates)
         lr = stage.phase.lr * stage.phase.lr_decay ** (number - stage.first)
         recipe = Recipe(self.config.clients, lr, self.config.model.precision == "bfloat16", self.seat.pad)
         for client in clients:
@@ -131,9 +156,9 @@ class Session:
             seed = derive(self.config.run.seed, "client", number, client)
             documents = self.seat.federation.client(client)
             with self.journal.span("train", stage.name, number, client):
-                update = train(self.seat.net, stage.coordinates, start_N, documents, recipe, seed)
+                update = train(self.seat.net, part.support, part.take(start_N), documents, recipe, seed)
             self.where.operation = "upload"
-            header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, stage.wires.up.nbytes)
+            header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, nbytes)
             yield header, update.delta_N
 
     def _judge(self, stage: Stage, number: int, received: Received) -> dict[str, Any]:
@@ -171,4 +196,5 @@ class Session:
                 self.folder.append(name, rows)
             score = {"accuracy": self.seat.score.accuracy, "loss": self.seat.score.loss} if self.seat.score else None
             values = {"round": record["round"], "phase": stage.at, "switch": self.seat.switch, "score": score}
-            self.folder.save_behind(Checkpoint(stage.server.state(), values))
+            held = {} if stage.exchange.stateless else {"held": stage.held_N}
+            self.folder.save_behind(Checkpoint(stage.server.state() | held, values))

@@ -1,0 +1,111 @@
+"""What each rule makes of the clients' factors, against the dense mean of the clients' products.
+
+Legend: N coordinates, K clients, O/I out/in features, R rank.
+"""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from slora_dist.aggregate import rules
+from slora_dist.aggregate.factors import Pair
+from slora_dist.aggregate.mean import Kept
+from slora_dist.aggregate.server import Server
+from slora_dist.config import LowrankPhase, Rule, ServerConfig
+from slora_dist.support import Slot, Support
+
+SHAPES = {"tall": (13, 7), "wide": (5, 12)}
+EXAMPLES = (7.0, 1.0, 2.0, 5.0)
+RULES: tuple[Rule, ...] = get_args(Rule)
+INEXACT = ("fedavg",)
+HEAD = 6
+
+
+class Round:
+    """Factors of two matrices that are not square, scaled by 2.5, and a head, after one round of four clients of different weights."""
+
+    def __init__(self, rule: Rule, rank: int | None, at: int = 0) -> None:
+        self.phase = LowrankPhase(rule=rule)
+        slots = [Slot.whole("head", (HEAD,), "head")]
+        ranks = {layer: rank or min(shape) for layer, shape in SHAPES.items()}
+        for layer, (out, into) in SHAPES.items():
+            slots += [Slot.whole(f"{layer}.a", (ranks[layer], into), "factor_a")]
+            slots += [Slot.whole(f"{layer}.b", (out, ranks[layer]), "factor_b")]
+        self.support = Support(slots)
+        spans = {slot.name: span for slot, span in self.support.spans()}
+        self.head = spans["head"]
+        self.pairs = [Pair(layer, spans[f"{layer}.a"], spans[f"{layer}.b"], ranks[layer], 2.5) for layer in SHAPES]
+        self.part = self.support.part(rules.behaviour(self.phase).trains(at))
+        draw = torch.Generator().manual_seed(3)
+        self.start_N = torch.randn(self.support.numel, generator=draw)
+        self.update_Kn = [torch.randn(self.part.support.numel, generator=draw) for _ in EXAMPLES]
+        self.value_KN = [self.start_N + self.part.spread(update_n, self.support.numel) for update_n in self.update_Kn]
+
+    def played(self) -> Tensor:
+        """What the server holds after the round."""
+        kept = Kept(self.part.support.numel)
+        for update_n, weight in zip(self.update_Kn, EXAMPLES, strict=True):
+            kept.count(weight)
+            kept.add(0, update_n, weight)
+        server = Server(ServerConfig(), self.start_N)
+        server.step(self.part.spread(kept.result(), self.support.numel))
+        return rules.combine(self.phase, self.pairs, server.offset_N, self.value_KN, kept.shares)
+
+    def product(self, pair: Pair, value_N: Tensor) -> Tensor:
+        b_OR, a_RI = pair.split(value_N.double())
+        return pair.scale * b_OR @ a_RI
+
+    def dense(self, pair: Pair) -> Tensor:
+        """The mean of the clients' products, formed in full."""
+        products = [weight * self.product(pair, value_N) for weight, value_N in zip(EXAMPLES, self.value_KN, strict=True)]
+        return torch.stack(products).sum(0) / sum(EXAMPLES)
+
+    def error(self) -> float:
+        """The largest error of an entry, relative to the largest entry."""
+        after_N = self.played()
+        errors = [(self.product(pair, after_N) - self.dense(pair)).abs().max() / self.dense(pair).abs().max() for pair in self.pairs]
+        return float(max(errors))
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("rule", RULES)
+def test_exact_rules_give_the_mean_of_the_products_and_fedavg_does_not(rule: Rule, at: int) -> None:
+    """``svd`` is exact when the rank is the matrix's own; the others at any rank."""
+    error = Round(rule, rank=None if rule == "svd" else 3, at=at).error()
+    assert error > 0.1 if rule in INEXACT else error < 1e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_head_is_the_mean_under_every_rule(rule: Rule) -> None:
+    played = Round(rule, rank=3)
+    values = [weight * value_N[played.head] for weight, value_N in zip(EXAMPLES, played.value_KN, strict=True)]
+    torch.testing.assert_close(played.played()[played.head], torch.stack(values).sum(0) / sum(EXAMPLES), atol=1e-6, rtol=1e-5)
+
+
+def test_svd_below_full_rank_is_the_best_approximation() -> None:
+    """Eckart and Young: what is missing are the smaller singular values of the mean of the products."""
+    played = Round("svd", rank=3)
+    after_N = played.played()
+    for pair in played.pairs:
+        missing = torch.linalg.matrix_norm(played.product(pair, after_N) - played.dense(pair))
+        tail = torch.linalg.svdvals(played.dense(pair))[3:]
+        assert float(missing) == pytest.approx(math.sqrt(float((tail**2).sum())), rel=1e-5)
+        assert missing > 0.1
+
+
+def test_fedsvd_leaves_orthonormal_rows_in_a() -> None:
+    played = Round("fedsvd", rank=3)
+    after_N = played.played()
+    for pair in played.pairs:
+        _, a_RI = pair.split(after_N)
+        torch.testing.assert_close(a_RI @ a_RI.T, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_what_a_round_does_not_train_does_not_move() -> None:
+    ffa, turn = Round("ffa", rank=3), Round("rolora", rank=3, at=1)
+    for pair in ffa.pairs:
+        assert torch.equal(ffa.played()[pair.a], ffa.start_N[pair.a]) and not torch.equal(ffa.played()[pair.b], ffa.start_N[pair.b])
+        assert torch.equal(turn.played()[pair.b], turn.start_N[pair.b]) and not torch.equal(turn.played()[pair.a], turn.start_N[pair.a])
