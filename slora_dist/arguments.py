@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--launcher", choices=("torchrun", "srun", "mpi"), default="torchrun", help="what starts the ranks")
     slurm.add_argument("--requeue", action="store_true", help="go back into the queue when the time is up, and on from the checkpoint")
     slurm.add_argument("--dry-run", action="store_true", help="print the batch file, submit nothing")
+    secret = commands.add_parser("secret", help="make a file with a fresh secret for a job; SLORA_DIST_SECRET_FILE names it on every rank")
+    secret.add_argument("file", type=Path, metavar="FILE")
     study = commands.add_parser("study", help="run a grid of configurations and seeds, and write its tables and figures")
     study.add_argument("study", metavar="STUDY.yaml")
     study.add_argument("--out", metavar="DIR", help="folder of the runs (default: studies/<name of the study>)")

@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0:
             say(rank, f"error: {error}")
         return 2
+    except RunError as error:  # ranks that do not come together, or do not leave together
+        say(rank, f"failed: {error}")
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -63,16 +67,20 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
         speak_when_ended(world.rank, where, witness)
     _set_threads(config.run.threads)
     from slora_dist import comm, device  # torch only now: the number of threads is read when it is loaded
+    from slora_dist.admission import admit
 
     place = device.choose(config.run.device, world)
     communicator = comm.connect(config.comm.backend, world, os.environ, config.comm.timeout, place)
-    from slora_dist.job import Job
-
-    job = Job(config, communicator, out, place, where)
+    where.operation = "admission"
     try:
+        admitted = admit(communicator, config, os.environ)
+        from slora_dist.job import Job
+
+        job = Job(config, admitted.comm, out, place, where, admitted.ledger)
         job.run(resume=options.resume is not None, stop_after=options.stop_after, track=options.track)
     except ConfigError:
-        communicator.close()
+        with suppress(RunError):  # whoever was refused may have gone at once
+            communicator.close()
         raise
     except Exception as error:  # the program ends here, so this is where to say why
         if witness:
@@ -120,11 +128,13 @@ def _set_threads(threads: int) -> None:
 def _doctor(options: argparse.Namespace, world: World) -> int:
     config = settings.load(options.config, options.overrides) if options.config else None
     _set_threads(config.run.threads if config else 1)
-    from slora_dist import comm, device, doctor, show
+    from slora_dist import admission, comm, device, doctor, show
 
     place = device.choose(config.run.device if config else "auto", world)
     communicator = comm.connect(options.backend, world, os.environ, config.comm.timeout if config else DOCTOR_SECONDS, place)
     try:
+        if config:
+            admission.admit(communicator, config, os.environ)
         found = doctor.examine(communicator, world, os.environ, place, config)
     except ConfigError:
         communicator.close()

@@ -75,6 +75,15 @@ def slurm(options: argparse.Namespace) -> int:
     return 0
 
 
+def secret(options: argparse.Namespace) -> int:
+    """Make a job's secret."""
+    from slora_dist import secret
+
+    secret.write(options.file)
+    print(options.file)
+    return 0
+
+
 def study(options: argparse.Namespace) -> int:
     """Run the cells of a study that are left, or submit them, and write the tables."""
     from slora_dist import slurm

@@ -29,11 +29,19 @@ from slora_dist.summary import summarize
 class Job:
     """What a rank needs for a run. It keeps ``where`` up to date."""
 
-    def __init__(self, config: Config, comm: Communicator, out: Path, device: torch.device, where: Where | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        comm: Communicator,
+        out: Path,
+        device: torch.device,
+        where: Where | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
         self.where = where or Where()
         self.config, self.folder, self.device = config, RunFolder(out), device
         self.shaped = Shaped(comm, config.network.routing, config.network.server_mbit or inf) if config.network.mode == "sleep" else None
-        self.comm = Metered(self.shaped or comm, Ledger(comm.rank))
+        self.comm = Metered(self.shaped or comm, ledger or Ledger(comm.rank))
         self.checkpoint: Checkpoint | None = None
         self.tracker: Scalars | None = None
 

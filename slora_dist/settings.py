@@ -112,11 +112,16 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 def require_equal(config: Config, other: Config) -> None:
     """Raise ``ConfigError`` naming the first setting in which ``other`` differs from the ``config`` of a run that is resumed."""
-    has, given = (dict(_leaves(tree.model_dump(), "")) for tree in (config, other))
-    for name in {**has, **given}:
-        if given.get(name) != has.get(name):
-            problem = f"{given.get(name)!r}, but the run that is resumed has {has.get(name)!r}"
-            raise ConfigError(name, problem, "the settings of the run, or none")
+    found = difference(config.model_dump(), other.model_dump())
+    if found:
+        name, has, given = found
+        raise ConfigError(name, f"{given!r}, but the run that is resumed has {has!r}", "the settings of the run, or none")
+
+
+def difference(tree: dict[str, Any], other: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first setting in which two trees of plain values differ: (dotted name, value in ``tree``, value in ``other``), or None."""
+    has, given = (dict(_leaves(settings, "")) for settings in (tree, other))
+    return next(((name, has.get(name), given.get(name)) for name in {**has, **given} if given.get(name) != has.get(name)), None)
 
 
 def _leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:

@@ -11,13 +11,13 @@ import pytest
 from tests.tiny import ROOT
 
 LEVELS = (
-    "config ending errors log section seeding settings world",
+    "config ending errors log secret section seeding settings world",
     "codec counters formats journal ledger linear links masks sparse support svd wire",
     "comm",
     "aggregate data",
     "model network roundplan",
     "methods",
-    "agreement client clientstate clock evaluate exchange export handover plan runfolder stage summary timing upload",
+    "admission agreement client clientstate clock evaluate exchange export handover plan runfolder stage summary timing upload",
     "rounds",
     "audit device job report scalars show study",
     "calibrate",

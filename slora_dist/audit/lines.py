@@ -4,15 +4,21 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from slora_dist.admission import ANSWER_BYTES, NONCE_BYTES
 from slora_dist.audit.expected import Key, Life, Want, key
 from slora_dist.audit.run import Run
 from slora_dist.clock import TRIES
 from slora_dist.ledger import Row
 
-# What a start leaves under round 0: an agreement, the machines, and for each machine but rank 0's the tries to read its clock.
+# What a start leaves under round 0: the admission of the command line's runs, an agreement, the machines, and for each machine but rank 0's
+# the tries to read its clock.
+_ADMISSION = tuple(
+    ("start", op, "control", kind) for op, kind in (("broadcast", "challenge"), ("gather", "answer"), ("broadcast", "verdict"))
+)
 _AGREEMENT = tuple(("start", op, "control", kind) for kind in ("problem", "machine") for op in ("gather", "broadcast"))
 _CLOCKS = tuple(("start", op, "control", "clock") for op in ("gather", "broadcast"))
 _START_BYTES = {("gather", "problem"): 0, ("broadcast", "problem"): 8, ("gather", "clock"): 8, ("broadcast", "clock"): 8}
+_START_BYTES |= {("broadcast", "challenge"): NONCE_BYTES, ("gather", "answer"): ANSWER_BYTES}
 
 
 def arithmetic(run: Run) -> Iterator[str]:
@@ -95,6 +101,7 @@ def _starts(run: Run, lines: dict[Key, list[Row]]) -> Iterator[str]:
         usual = Counter(counts[which] for which in _AGREEMENT).most_common(1)[0][0]
         starts = max(usual, sum(size > rank for size in sizes))
         wanted = dict.fromkeys(_AGREEMENT, starts) | dict.fromkeys(_CLOCKS, max(counts[which] for which in _CLOCKS) // TRIES * TRIES)
+        wanted |= dict.fromkeys(_ADMISSION, starts if any(counts[which] for which in _ADMISSION) else 0)
         for which in sorted(counts.keys() | wanted.keys()):
             if counts[which] != wanted.get(which, 0):
                 yield _count((0, rank, *which), counts[which], wanted.get(which, 0))

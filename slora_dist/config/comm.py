@@ -49,3 +49,7 @@ class CommConfig(Section):
     timeout: Positive = Field(
         1800.0, description="Seconds that a rank waits for another inside one operation; must cover a client's training."
     )
+    secret: Literal["auto", "required"] = Field(
+        "auto",
+        description="Whether a job without a secret may start. With one (`SLORA_DIST_SECRET`, `SLORA_DIST_SECRET_FILE`; the scripts make it) every rank must prove that it has it.",
+    )
