@@ -80,7 +80,7 @@ def ours(phase: methods.AnyPhase, shape: str, bfloat16: bool) -> Step:
     """Return a client's training in a phase."""
     classifier, part = model.load(SHAPES[shape], NAMES, 0), documents()
     coordinates = methods.support(phase, classifier, MethodConfig(), 0)
-    methods.enter(phase, classifier, coordinates)
+    methods.enter(phase, classifier, coordinates, 0)
     start_N = coordinates.reference(classifier.net) + methods.begin(phase, classifier, coordinates, {}, 0).offset_N
     recipe = Recipe(ClientsConfig(batch_size=BATCH, steps=STEPS), 1e-5, bfloat16, pad=0)
     return lambda: train(classifier.net, coordinates, start_N, part, recipe, 0)

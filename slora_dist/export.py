@@ -1,7 +1,8 @@
-"""What comes out of a run, in the formats that others load: a PEFT adapter, or a plain transformers model.
+"""What comes out of a run, in the formats that others load: a PEFT adapter, or a plain transformers model; bottleneck adapters are our own.
 
 An adapter stands on a base. When the base is not what a folder or hub name holds bit for bit (random weights, a kept residual), it is
-saved beside the adapter. Phases without factors (sparse, dense) leave a delta: the changed entries and their values.
+saved beside the adapter. Phases that move the base's own weights (sparse, dense, BitFit) leave a delta: the changed entries and their
+values. ``adapters.py`` loads all of them again.
 """
 
 import json
@@ -12,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, TaskType, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
-from slora_dist import methods
-from slora_dist.config import LowrankPhase
+from slora_dist import adapters, methods
+from slora_dist.adapters import ABOUT, BOTTLENECK, DELTA, LORA
+from slora_dist.config import HoulsbyPhase, LowrankPhase, PfeifferPhase
 from slora_dist.errors import ConfigError
 from slora_dist.model import Classifier, head_parameters
 from slora_dist.support import Support
-
-ABOUT, DELTA = "slora_dist.json", "delta.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,40 +44,38 @@ def write(result: Result, folder: Path) -> None:
     folder.mkdir(parents=True)
     net, source = result.classifier.net, result.classifier.source
     delta = {name: tensor.cpu() for name, tensor in result.coordinates.densify(result.offset_N.cpu()).items()}
+    is_bottleneck = isinstance(result.phase, HoulsbyPhase | PfeifferPhase)
+    if is_bottleneck:
+        save_file({name: net.get_parameter(name).detach().cpu() + tensor for name, tensor in delta.items()}, folder / BOTTLENECK)
     methods.remove_adapters(net)
     if source is None or result.base_changed:
         net.save_pretrained(folder / "base")  # type: ignore[operator]
         source = str((folder / "base").resolve())
     result.tokenizer.save_pretrained(folder)
-    about = {"base": source, "phase": result.phase.model_dump(), "id2label": net.config.id2label}  # type: ignore[union-attr]
+    about = {"base": source, "phase": result.phase.model_dump(), "id2label": net.config.id2label, "head": result.classifier.head}  # type: ignore[union-attr]
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if isinstance(result.phase, LowrankPhase):
         _write_lora(result.phase, result.classifier, delta, source, folder)
-    else:
+    elif not is_bottleneck:
         _write_delta(result, folder)
 
 
 def export(adapter: Path, destination: Path, merge: bool) -> None:
     """Copy a run's adapter to ``destination``, or with ``merge`` write a plain transformers model there.
 
-    Raises ``ConfigError`` when there is no adapter, the destination is taken, or the method has none (sparse and dense: merge them).
+    Raises ``ConfigError`` when there is no adapter, the destination is taken, or the adapter cannot be merged.
     """
     if destination.exists() and any(destination.iterdir()):
         raise ConfigError("DEST", f"{destination} is not empty", "a new folder")
-    is_lora, is_delta = (adapter / "adapter_config.json").exists(), (adapter / DELTA).exists()
-    if not (is_lora or is_delta):
-        raise ConfigError("RUN", f"{adapter} holds no adapter", "the folder of a finished run")
+    form = adapters.form(adapter)
     if not merge:
-        if is_delta:
-            raise ConfigError("--merge", "missing: the run ended in a sparse or dense phase, which has no PEFT adapter", "--merge")
         _copy(adapter, destination)
         return
-    net = _base(adapter)
-    if is_lora:
-        net = PeftModel.from_pretrained(net, adapter).merge_and_unload()
-    else:
-        _add_delta(net, load_file(adapter / DELTA))
-    net.save_pretrained(destination)
+    if form == BOTTLENECK:
+        problem = "bottleneck adapters cannot be merged: a non-linearity stands between their projections"
+        raise ConfigError("--merge", problem, "no --merge; slora_dist.adapters.load(DEST) loads them")
+    net: Any = adapters.load(adapter)
+    (net.merge_and_unload() if form == LORA else net).save_pretrained(destination)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(destination)
 
 
@@ -95,7 +93,7 @@ def _write_lora(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str,
     for name, tensor in {**delta, **head}.items():
         _assign(wrapped.base_model.model, name, tensor)
     wrapped.save_pretrained(folder)
-    _sort_lists(folder / "adapter_config.json")
+    _sort_lists(folder / LORA)
 
 
 def _sort_lists(path: Path) -> None:
@@ -127,28 +125,9 @@ def _write_delta(result: Result, folder: Path) -> None:
     save_file(tensors, folder / DELTA)
 
 
-@torch.no_grad()
-def _add_delta(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for name, parameter in net.named_parameters():
-        values = tensors.get(f"{name}.values")
-        if values is not None:
-            index = tensors.get(f"{name}.index", torch.arange(parameter.numel()))
-            parameter.view(-1).index_add_(0, index.long(), values)
-
-
-def _base(adapter: Path) -> Any:
-    """Load the base that an adapter folder stands on, with the run's classes."""
-    about = json.loads((adapter / ABOUT).read_text(encoding="utf-8"))
-    labels = {int(at): name for at, name in about["id2label"].items()}
-    source = adapter / "base" if (adapter / "base").exists() else about["base"]
-    return AutoModelForSequenceClassification.from_pretrained(
-        source, id2label=labels, label2id={name: at for at, name in labels.items()}, use_safetensors=True
-    )
-
-
 def _copy(adapter: Path, destination: Path) -> None:
     shutil.copytree(adapter, destination, dirs_exist_ok=True)
-    if (destination / "base").exists():
-        path = destination / "adapter_config.json"
+    path = destination / LORA
+    if path.exists() and (destination / "base").exists():
         about = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str((destination / "base").resolve())}
         path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

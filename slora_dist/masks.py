@@ -1,7 +1,7 @@
-"""Which entries of a tensor a sparse phase trains: a function of (seed, size), so that the mask never has to travel.
+"""Which entries of a tensor a sparse phase trains: a function of (seed, size), which never has to travel, or of scores.
 
-A mask comes from an integer hash that is written down here, not from a library's random stream, which no library promises to keep
-across versions and devices.
+A mask that is drawn comes from an integer hash that is written down here, not from a library's random stream, which no library promises
+to keep across versions and devices.
 """
 
 from collections.abc import Sequence
@@ -64,6 +64,18 @@ def random_mask(numel: int, count: int, seed: int) -> Tensor:
         share *= 2
     smallest = np.argpartition(keys, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
     return torch.from_numpy(np.sort(chosen[smallest]))
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Return the flat positions (int64, ascending) of the ``count`` largest scores; of equal ones the first, whatever finds them."""
+    flat = scores.detach().reshape(-1).cpu()
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64)
+    least = torch.kthvalue(flat, len(flat) - count + 1).values
+    keep = flat > least
+    ties = torch.nonzero(flat == least).flatten()
+    keep[ties[: count - int(keep.sum())]] = True
+    return torch.nonzero(keep).flatten()
 
 
 def _below(numel: int, seed: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:

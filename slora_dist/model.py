@@ -85,14 +85,19 @@ def dense_layers(classifier: Classifier) -> dict[str, tuple[int, int]]:
     layers = {}
     for name, module in classifier.net.named_modules():
         name = name.removesuffix(".base_layer")
-        if (
-            isinstance(module, nn.Linear | Conv1D)
-            and not _within(name, classifier.head)
-            and "embedding" not in name
-            and "lora_" not in name
-        ):
+        if isinstance(module, nn.Linear | Conv1D) and not _within(name, classifier.head) and "embedding" not in name and not is_added(name):
             layers[name] = (module.weight.shape[1], module.weight.shape[0]) if isinstance(module, Conv1D) else tuple(module.weight.shape)
     return layers
+
+
+def is_added(name: str) -> bool:
+    """Whether a module or parameter has come into the network with a phase: a LoRA factor, a bottleneck adapter."""
+    return "lora_" in name or "adapter" in name.split(".")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a layer norm of any kind."""
+    return type(module).__name__.endswith("Norm")
 
 
 def is_transposed(classifier: Classifier, layer: str) -> bool:
@@ -109,9 +114,9 @@ def ranks(classifier: Classifier, phase: LowrankPhase) -> dict[str, int]:
     elif phase.targets == "attention":
         chosen = [name for name in layers if any("att" in part for part in name.split("."))]
     else:
-        chosen = [name for name in layers if _ends(name, phase.targets)]
+        chosen = [name for name in layers if ends(name, phase.targets)]
     unmatched = (
-        [target for target in phase.targets if not any(_ends(name, [target]) for name in layers)] if isinstance(phase.targets, list) else []
+        [target for target in phase.targets if not any(ends(name, [target]) for name in layers)] if isinstance(phase.targets, list) else []
     )
     if unmatched or not chosen:
         raise ConfigError("method.lowrank.targets", f"no dense layer is named {unmatched or phase.targets}", ", ".join(_endings(layers)))
@@ -120,7 +125,7 @@ def ranks(classifier: Classifier, phase: LowrankPhase) -> dict[str, int]:
             raise ConfigError(
                 f"method.lowrank.ranks.{ending}", "no target has this ending", ", ".join(_endings({name: layers[name] for name in chosen}))
             )
-    result = {name: next((rank for ending, rank in phase.ranks.items() if _ends(name, [ending])), phase.rank) for name in chosen}
+    result = {name: next((rank for ending, rank in phase.ranks.items() if ends(name, [ending])), phase.rank) for name in chosen}
     for name, rank in result.items():
         if not 1 <= rank <= min(layers[name]):
             setting = "method.lowrank.rank" if rank == phase.rank else "method.lowrank.ranks"
@@ -191,12 +196,13 @@ def _within(name: str, modules: Sequence[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _ends(name: str, endings: Sequence[str]) -> bool:
+def ends(name: str, endings: Sequence[str]) -> bool:
+    """Whether a module's name is one of ``endings``, or ends in it after a dot."""
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
 def _ends_any(names: Sequence[str], ending: str) -> bool:
-    return any(_ends(name, [ending]) for name in names)
+    return any(ends(name, [ending]) for name in names)
 
 
 def _endings(layers: dict[str, tuple[int, int]]) -> list[str]:

@@ -9,10 +9,10 @@ server holds, and what a sparse phase hands over: the accumulated update.
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,16 @@ from slora_dist import masks
 from slora_dist.masks import Pattern
 from slora_dist.seeding import derive
 
-Kind = Literal["value", "factor_a", "factor_b", "head"]
-KINDS: tuple[Kind, ...] = ("value", "factor_a", "factor_b", "head")
+Kind = Literal["value", "bias", "norm", "adapter", "factor_a", "factor_b", "head"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The trainable entries of one parameter: all of them, or the ``count`` that a mask drawn from ``mask_seed`` keeps.
+    """The trainable entries of one parameter: all of them, or the ``count`` that a mask keeps, drawn from ``mask_seed`` or ``chosen``.
 
-    With ``grid`` = (rows, columns) the mask keeps every crossing of as many rows and columns of a matrix, else single entries.
+    With ``grid`` = (rows, columns) the mask keeps every crossing of as many rows and columns of a matrix, else single entries. A mask that
+    is chosen by what the weights are is not known from shapes alone: until then its slot knows its size only.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Slot:
     count: int
     mask_seed: int | None = None
     grid: tuple[int, int] | None = None
+    chosen: Tensor | None = field(default=None, compare=False, repr=False)  # flat positions, ascending
 
     @staticmethod
     def whole(name: str, shape: Sequence[int], kind: Kind) -> "Slot":
@@ -49,6 +51,13 @@ class Slot:
         """Return the slot of the entries that a mask keeps: exactly round(density x numel), or the nearest whole rows and columns."""
         cells = masks.grid(shape, density, pattern)
         return Slot(name, tuple(shape), "value", prod(cells) if cells else masks.kept(prod(shape), density), seed, cells)
+
+    @staticmethod
+    def picked(name: str, shape: Sequence[int], density: float, chosen: Tensor | None) -> "Slot":
+        """Return the slot of the round(density x numel) entries that were ``chosen``, or will be."""
+        count = masks.kept(prod(shape), density)
+        assert chosen is None or len(chosen) == count
+        return Slot(name, tuple(shape), "value", count, chosen=chosen)
 
     @cached_property
     def axes(self) -> tuple[Tensor, Tensor] | None:
@@ -63,7 +72,8 @@ class Slot:
     def index(self) -> Tensor | None:
         """Flat positions of the kept entries, ascending; None when all are kept."""
         if self.mask_seed is None:
-            return None
+            assert self.chosen is not None or self.count == prod(self.shape), f"the mask of {self.name} is not chosen yet"
+            return self.chosen
         if self.axes is None:
             return masks.random_mask(prod(self.shape), self.count, self.mask_seed)
         rows_r, columns_c = self.axes

@@ -1,4 +1,4 @@
-"""Five families of classifiers, tiny and with random weights."""
+"""Six families of classifiers, tiny and with random weights."""
 
 from typing import Any
 
@@ -18,7 +18,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "distilbert", "vocab_size": 50, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24,
         "max_position_embeddings": 32,
     },
-    "gpt2": {"model_type": "gpt2", "vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24, "n_positions": 32},
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24, "n_positions": 32,
+        "pad_token_id": 0,
+    },
+    "llama": SIZES | {"model_type": "llama", "max_position_embeddings": 32, "pad_token_id": 0},
 }  # fmt: skip
 
 

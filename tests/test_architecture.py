@@ -17,7 +17,7 @@ LEVELS = (
     "aggregate data",
     "model network roundplan",
     "methods",
-    "admission agreement client clientstate clock evaluate exchange export handover plan runfolder stage summary timing upload",
+    "adapters admission agreement client clientstate clock evaluate exchange export handover plan runfolder stage summary timing upload",
     "rounds",
     "audit device job report scalars show study",
     "calibrate",

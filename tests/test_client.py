@@ -48,7 +48,7 @@ def enter(classifier: Classifier, kind: str) -> tuple[Support, Tensor]:
     """(coordinates, start_N) of a phase; low-rank factors begin with a B that is not zero, so that A has a gradient."""
     phase = PHASES[kind]
     coordinates = methods.support(phase, classifier, MethodConfig(), 0)
-    methods.enter(phase, classifier, coordinates)
+    methods.enter(phase, classifier, coordinates, 0)
     start = methods.begin(phase, classifier, coordinates, {}, 0)
     noise_N = 0.1 * torch.randn(coordinates.numel, generator=torch.Generator().manual_seed(0))
     return coordinates, coordinates.reference(classifier.net) + start.offset_N + noise_N

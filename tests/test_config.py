@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from slora_dist.config import PRESETS, Config, DensePhase, LowrankPhase, SparsePhase
+from slora_dist.config import PRESETS, Config, DensePhase, LowrankPhase, MethodConfig, SparsePhase
 from slora_dist.errors import ConfigError
 from slora_dist.settings import validate
 
@@ -19,7 +19,7 @@ def test_presets_take_their_phases_from_the_sections(name: str) -> None:
         method={"name": name, "sparse": {"density": 0.5, "rounds": 3}, "dense": {"rounds": 4}, "lowrank": {"rank": 2, "rounds": 5}}
     ).method.resolved()
     full = {"sparse": SparsePhase(density=0.5, rounds=3), "dense": DensePhase(rounds=4), "lowrank": LowrankPhase(rank=2, rounds=5)}
-    assert phases == tuple(full[kind] for kind in PRESETS[name])
+    assert phases == tuple(full.get(kind, getattr(MethodConfig(), kind)) for kind in PRESETS[name])
 
 
 def test_custom_phases_differ_from_their_section_where_they_say_so() -> None:
@@ -73,7 +73,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("data.client_column", {"data": {"path": "toy", "partition": "natural"}}, "column"),
     ("model.name", {"model": {}}, "`model.config` with a `model_type`"),
     ("model.precision", {"model": {"name": "x", "precision": "fp16"}}, "'float32' or 'bfloat16'"),
-    ("method.name", {"method": {"name": "s-lora"}}, "'slora', 'primed_fft', 'sft', 'lora', 'fft' or 'custom'"),
+    ("method.name", {"method": {"name": "s-lora"}}, "'houlsby', 'pfeiffer' or 'custom'"),
     ("method.sparse.density", {"method": {"sparse": {"density": 0}}}, "greater than 0"),
     ("method.sparse.density", {"method": {"sparse": {"density": 2}}}, "less than or equal to 1"),
     ("method.sparse.density", {"method": {"sparse": {"density": "high"}}}, "number"),
@@ -85,8 +85,15 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("method.lowrank.ranks.pooler", {"method": {"lowrank": {"ranks": {"pooler": "x"}}}}, "integer"),
     ("method.phases", {"method": {"name": "custom"}}, "a list of phases"),
     ("method.phases", {"method": {"name": "fft", "phases": [{"kind": "dense"}]}}, "none with a preset"),
-    ("method.phases.0.kind", {"method": {"name": "custom", "phases": [{"kind": "name"}]}}, "sparse, dense or lowrank"),
-    ("method.phases.0.kind", {"method": {"name": "custom", "phases": [{}]}}, "sparse, dense or lowrank"),
+    ("method.phases.0.kind", {"method": {"name": "custom", "phases": [{"kind": "name"}]}}, "lowrank, bitfit, head, houlsby, pfeiffer"),
+    ("method.phases.0.kind", {"method": {"name": "custom", "phases": [{}]}}, "lowrank, bitfit, head, houlsby, pfeiffer"),
+    ("method.phases.0.kind", {"method": {"name": "custom", "phases": [{"kind": "houlsby"}, {"kind": "dense"}]}}, "houlsby last"),
+    ("method.phases.1.kind", {"method": {"name": "custom", "phases": [{"kind": "dense"}, {"kind": "pfeiffer"}]}}, "pfeiffer first"),
+    (
+        "comm.wire.indices",
+        {"method": {"name": "sft", "sparse": {"mask": "magnitude"}}, "comm": {"wire": {"indices": "gap"}}},
+        "implicit",
+    ),
     ("method.phases.1.kind", {"method": {"name": "custom", "phases": [{"kind": "dense"}, {"kind": "sparse"}]}}, "sparse first"),
     ("method.phases.0.rnk", {"method": {"name": "custom", "phases": [{"kind": "lowrank", "rnk": 2}]}}, "alpha, dropout"),
     ("method.phases.1.density", {"method": {"name": "custom", "phases": [{"kind": "dense"}, {"kind": "sparse", "density": 9}]}}, "to 1"),

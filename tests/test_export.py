@@ -62,7 +62,7 @@ def as_judged(folder: RunFolder) -> nn.Module:
                 classifier.net.get_parameter(name).copy_(weight)
     phase = config.method.resolved()[-1]
     coordinates = methods.support(phase, classifier, config.method, config.run.seed)
-    methods.enter(phase, classifier, coordinates)
+    methods.enter(phase, classifier, coordinates, config.run.seed)
     coordinates.write(classifier.net, coordinates.reference(classifier.net) + checkpoint.tensors["offset"])
     return classifier.net
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_exported_is_said(runs: dict[str, RunFolder], tmp_path: P
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     unfinished = run(tmp_path / "unfinished", *SHORT, stop_after=1)
-    cases = [(runs["sft"].path, "new", "--merge"), (runs["lora"].path, "taken", "DEST"), (unfinished.path, "new", "RUN")]
+    cases = [(runs["lora"].path, "taken", "DEST"), (unfinished.path, "new", "RUN")]
     for source, destination, setting in cases:
         capsys.readouterr()
         assert main(["export", str(source), str(tmp_path / destination)]) == 2

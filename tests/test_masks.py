@@ -6,7 +6,10 @@ import pytest
 import scipy.stats
 import torch
 
-from slora_dist.masks import grid, kept, random_mask
+from slora_dist import methods
+from slora_dist.config import MethodConfig, SparsePhase
+from slora_dist.masks import grid, kept, largest, random_mask
+from tests.families import build
 
 
 @pytest.mark.parametrize(("numel", "count"), [(10, 0), (10, 1), (10, 10), (1000, 100), (65537, 6554)])
@@ -57,3 +60,23 @@ def test_structure_keeps_the_density(shape: tuple[int, int], density: float) -> 
 
 def test_what_has_no_structure() -> None:
     assert grid((40,), 0.1, "product") is None and grid((40, 30), 0.1, "random") is None
+
+
+def test_the_largest_are_kept_and_of_equal_ones_the_first() -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0], [3.0, 0.0, 2.0]])
+    kept = [[], [1], [1, 3], [1, 2, 3], [1, 2, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
+    assert [largest(scores, count).tolist() for count in range(7)] == kept
+
+
+def test_a_mask_by_magnitude_keeps_the_largest_weights() -> None:
+    """Derived from the pretrained weights, on any rank, whatever the seed."""
+    classifier, phase = build("bert"), SparsePhase(density=0.1, mask="magnitude")
+    one, same = (methods.support(phase, classifier, MethodConfig(), seed) for seed in (0, 1))
+    for slot, other in zip(one.slots, same.slots, strict=True):
+        weights = classifier.net.get_parameter(slot.name).detach().abs().flatten()
+        if slot.kind == "head":
+            continue
+        assert slot.index is not None and other.index is not None and torch.equal(slot.index, other.index)
+        frozen = torch.ones(len(weights), dtype=torch.bool).index_fill(0, slot.index, False)
+        assert slot.count == round(0.1 * len(weights)) and weights[slot.index].min() >= weights[frozen].max()
+    assert one.fingerprint(one.reference(classifier.net)) == same.fingerprint(same.reference(classifier.net))

@@ -1,4 +1,4 @@
-"""Phases as choices of coordinates, over five families of models. Legend: N coordinates, O/I out/in features, R rank."""
+"""Phases as choices of coordinates, over six families of models. Legend: N coordinates, O/I out/in features, R rank."""
 
 import math
 
@@ -29,7 +29,6 @@ def parameters(net: nn.Module) -> dict[str, Tensor]:
 
 def logits(net: nn.Module) -> Tensor:
     net.eval()
-    net.config.pad_token_id = 0  # type: ignore[union-attr]  # GPT-2 insists on one
     batch = documents()
     with torch.no_grad():
         result: Tensor = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -71,7 +70,7 @@ def test_a_sparse_phase_can_keep_to_the_targets(family: str) -> None:
 def test_coordinates_are_exactly_what_trains(family: str, phase: methods.AnyPhase) -> None:
     classifier = build(family)
     coordinates = support(phase, classifier)
-    methods.enter(phase, classifier, coordinates)
+    methods.enter(phase, classifier, coordinates, SEED)
     trains = {name: parameter.numel() for name, parameter in classifier.net.named_parameters() if parameter.requires_grad}
     assert trains == {slot.name: math.prod(slot.shape) for slot in coordinates.slots}
     if phase.kind == "lowrank":  # whole parameters: their number is the count that peft would print
@@ -105,7 +104,7 @@ def test_adapters_come_and_go_without_a_trace(family: str) -> None:
     classifier = build(family)
     before, said = parameters(classifier.net), logits(classifier.net)
     for phase in (LOWRANK, LowrankPhase(rank=2, targets="attention"), SPARSE):
-        methods.enter(phase, classifier, support(phase, classifier))
+        methods.enter(phase, classifier, support(phase, classifier), SEED)
     after = parameters(classifier.net)
     assert list(after) == list(before) and all(torch.equal(after[name], weights) for name, weights in before.items())
     assert torch.equal(logits(classifier.net), said)
@@ -118,7 +117,7 @@ def test_lora_alone_starts_where_the_model_is(family: str) -> None:
     classifier = build(family)
     said = logits(classifier.net)
     coordinates = support(LOWRANK, classifier)
-    methods.enter(LOWRANK, classifier, coordinates)
+    methods.enter(LOWRANK, classifier, coordinates, SEED)
     start = methods.begin(LOWRANK, classifier, coordinates, {}, SEED)
     coordinates.write(classifier.net, coordinates.reference(classifier.net) + start.offset_N)
     assert torch.equal(logits(classifier.net), said) and start.kept_energy == {} and start.kept_energy_total is None
@@ -154,7 +153,7 @@ def test_after_the_switch_peft_computes_base_plus_truncated_update(family: str, 
     classifier, merged = build(family), build(family)
     _, _, delta = primed(classifier, first)
     coordinates = support(phase, classifier)
-    methods.enter(phase, classifier, coordinates)
+    methods.enter(phase, classifier, coordinates, SEED)
     start = methods.begin(phase, classifier, coordinates, delta, SEED)
     coordinates.write(classifier.net, coordinates.reference(classifier.net) + start.offset_N)
 
@@ -197,7 +196,7 @@ def test_what_the_factors_stand_for_is_what_peft_merges(family: str) -> None:
 def test_each_module_has_its_rank_and_its_scale() -> None:
     phase = LowrankPhase(rank=2, ranks={"pooler.dense": 5}, alpha=10.0)
     classifier = build("bert")
-    methods.enter(phase, classifier, support(phase, classifier))
+    methods.enter(phase, classifier, support(phase, classifier), SEED)
     layers = {name: classifier.net.get_submodule(name) for name in model.ranks(classifier, phase)}
     assert layers["bert.pooler.dense"].r["default"] == 5 and layers["bert.pooler.dense"].scaling["default"] == 2.0  # type: ignore[index, union-attr]
     others = [layer for name, layer in layers.items() if name != "bert.pooler.dense"]
@@ -221,7 +220,7 @@ def test_what_is_kept_and_the_factors_add_up_to_the_update(family: str, residual
     targets = {f"{layer}.weight" for layer in model.ranks(classifier, phase)}
     head = model.head_parameters(classifier)
     coordinates = support(phase, classifier)
-    methods.enter(phase, classifier, coordinates)
+    methods.enter(phase, classifier, coordinates, SEED)
     factors = methods.learned(phase, classifier, coordinates, methods.begin(phase, classifier, coordinates, delta, SEED).offset_N)
     methods.add_to_base(classifier, methods.base_change(phase, delta, factors, head))
     methods.remove_adapters(classifier.net)

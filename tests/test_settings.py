@@ -119,7 +119,7 @@ def documented() -> list[tuple[str, str]]:
 def test_every_setting_is_documented_once() -> None:
     names = leaves(tiny("model.config={}", "model.name=x").model_dump())
     shared = {name.removeprefix("method.dense.") for name in names if name.startswith("method.dense.")}
-    kinds = re.compile(rf"^method\.(sparse|dense|lowrank)\.(?=({'|'.join(shared)})$)")
+    kinds = re.compile(rf"^method\.(sparse|dense|lowrank|bitfit|head|houlsby|pfeiffer)\.(?=({'|'.join(shared)})$)")
     assert sorted(name for name, _ in documented()) == sorted({kinds.sub("method.<kind>.", name) for name in names})
     assert all(meaning for _, meaning in documented())
 

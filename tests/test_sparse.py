@@ -26,7 +26,7 @@ def enter(family: str, pattern: Pattern, density: float = 0.1) -> tuple[Classifi
     classifier, phase = build(family), SparsePhase(density=density, mask=pattern)
     classifier.net.config.pad_token_id = 0  # type: ignore[union-attr]  # GPT-2 insists on one
     coordinates = methods.support(phase, classifier, MethodConfig(), 5)
-    methods.enter(phase, classifier, coordinates)
+    methods.enter(phase, classifier, coordinates, 0)
     return classifier, coordinates
 
 

@@ -3,7 +3,20 @@
 from slora_dist.config.clients import ClientsConfig
 from slora_dist.config.comm import CommConfig, Indices, Values, WireConfig
 from slora_dist.config.data import DataConfig
-from slora_dist.config.method import PRESETS, AnyPhase, DensePhase, LowrankPhase, MethodConfig, Phase, Rule, SparsePhase
+from slora_dist.config.method import (
+    PRESETS,
+    AnyPhase,
+    BitfitPhase,
+    DensePhase,
+    HeadPhase,
+    HoulsbyPhase,
+    LowrankPhase,
+    MethodConfig,
+    PfeifferPhase,
+    Phase,
+    Rule,
+    SparsePhase,
+)
 from slora_dist.config.model import ModelConfig
 from slora_dist.config.network import LinkConfig, NetworkConfig, SharedLinkConfig
 from slora_dist.config.run import Config, RunConfig
@@ -12,17 +25,21 @@ from slora_dist.config.server import ServerConfig
 __all__ = [
     "PRESETS",
     "AnyPhase",
+    "BitfitPhase",
     "ClientsConfig",
     "CommConfig",
     "Config",
     "DataConfig",
     "DensePhase",
+    "HeadPhase",
+    "HoulsbyPhase",
     "Indices",
     "LinkConfig",
     "LowrankPhase",
     "MethodConfig",
     "ModelConfig",
     "NetworkConfig",
+    "PfeifferPhase",
     "Phase",
     "Rule",
     "RunConfig",

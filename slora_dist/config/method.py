@@ -22,9 +22,9 @@ class SparsePhase(Phase):
     """Fine-tuning of a fixed random share of the weights (SLoRA stage 1, SFT)."""
 
     kind: Literal["sparse"] = "sparse"
-    mask: Literal["random", "rows", "columns", "product"] = Field(
+    mask: Literal["random", "rows", "columns", "product", "magnitude"] = Field(
         "random",
-        description="Which entries of a matrix: single ones (the paper), whole rows or columns, or the crossings of sqrt(density) of both. Vectors: single ones.",
+        description="Which entries of a matrix: single ones (the paper), whole rows or columns, or the crossings of sqrt(density) of both (vectors: single ones); `magnitude`: each tensor's largest pretrained weights.",
     )
     density: Real = Field(
         0.1,
@@ -35,6 +35,11 @@ class SparsePhase(Phase):
     scope: Literal["all", "targets"] = Field(
         "all", description="What the mask covers: all backbone weights, or only the matrices that `method.lowrank.targets` names."
     )
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the mask follows from what the weights are, so that its positions are not known from shapes alone."""
+        return self.mask in ("magnitude", "gradient")
 
 
 class DensePhase(Phase):
@@ -70,7 +75,42 @@ class LowrankPhase(Phase):
     split: Literal["us", "sqrt"] = Field("us", description="Where the singular values go: all to B (the paper), or their roots to both.")
 
 
-AnyPhase = Annotated[SparsePhase | DensePhase | LowrankPhase, Field(discriminator="kind")]
+class BitfitPhase(Phase):
+    """Fine-tuning of the biases (BitFit)."""
+
+    kind: Literal["bitfit"] = "bitfit"
+
+
+class HeadPhase(Phase):
+    """Training of the head alone (linear probing)."""
+
+    kind: Literal["head"] = "head"
+
+
+Activation = Literal["relu", "gelu", "silu", "tanh"]
+_ACTIVATION = "What stands between an adapter's two projections."
+
+
+class HoulsbyPhase(Phase):
+    """Bottleneck adapters after attention and after the feed-forward part of every layer (Houlsby et al. 2019)."""
+
+    kind: Literal["houlsby"] = "houlsby"
+    size: int = Field(64, ge=1, description="Features between an adapter's two projections.")
+    activation: Activation = Field("gelu", description=_ACTIVATION)
+    norms: bool = Field(True, description="Whether the norms' parameters train, too (as in the paper).")
+
+
+class PfeifferPhase(Phase):
+    """Bottleneck adapters after the feed-forward part of every layer (Pfeiffer et al. 2021)."""
+
+    kind: Literal["pfeiffer"] = "pfeiffer"
+    size: int = Field(64, ge=1, description="Features between an adapter's two projections.")
+    activation: Activation = Field("relu", description=_ACTIVATION)
+
+
+AnyPhase = Annotated[
+    SparsePhase | DensePhase | LowrankPhase | BitfitPhase | HeadPhase | HoulsbyPhase | PfeifferPhase, Field(discriminator="kind")
+]
 
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -79,18 +119,26 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "sft": ("sparse",),
     "lora": ("lowrank",),
     "fft": ("dense",),
+    "bitfit": ("bitfit",),
+    "head": ("head",),
+    "houlsby": ("houlsby",),
+    "pfeiffer": ("pfeiffer",),
 }
 
 
 class MethodConfig(Section):
     """A method is a list of phases; the named ones are presets of that form."""
 
-    name: Literal["slora", "primed_fft", "sft", "lora", "fft", "custom"] = Field(
+    name: Literal["slora", "primed_fft", "sft", "lora", "fft", "bitfit", "head", "houlsby", "pfeiffer", "custom"] = Field(
         "slora", description="Preset: its phases take their settings from the sections below. `custom` is the list in `method.phases`."
     )
     sparse: SparsePhase = Field(SparsePhase(), description="Settings of sparse phases.")
     dense: DensePhase = Field(DensePhase(), description="Settings of dense phases.")
     lowrank: LowrankPhase = Field(LowrankPhase(), description="Settings of low-rank phases.")
+    bitfit: BitfitPhase = Field(BitfitPhase(), description="Settings of BitFit phases.")
+    head: HeadPhase = Field(HeadPhase(), description="Settings of phases that train the head alone.")
+    houlsby: HoulsbyPhase = Field(HoulsbyPhase(), description="Settings of phases with Houlsby adapters.")
+    pfeiffer: PfeifferPhase = Field(PfeifferPhase(), description="Settings of phases with Pfeiffer adapters.")
     phases: list[dict[str, Any]] = Field(
         [], description="For `custom`: each entry has a `kind` and whatever differs from that kind's section."
     )
@@ -103,25 +151,29 @@ class MethodConfig(Section):
                 f"{'empty' if not self.phases else 'given'} with method.name {self.name}",
                 "a list of phases with `name: custom`, none with a preset",
             )
-        for at, phase in enumerate(self.resolved()):
-            if phase.kind == "sparse" and at > 0:
+        kinds = [phase.kind for phase in self.resolved()]
+        for at, kind in enumerate(kinds):
+            if kind not in ("dense", "lowrank") and not set(kinds[:at]) <= {"head"}:
                 raise ConfigError(
                     f"method.phases.{at}.kind",
-                    "a sparse phase cannot take over what an earlier phase learned",
-                    "sparse first; dense or lowrank later",
+                    f"a {kind} phase cannot take over what an earlier phase learned",
+                    f"{kind} first, or after a phase that trains the head alone; dense or lowrank later",
                 )
+            if kind in ("houlsby", "pfeiffer") and at + 1 < len(kinds):
+                raise ConfigError(f"method.phases.{at}.kind", f"no phase can take over {kind} adapters", f"{kind} last")
         return self
 
-    def resolved(self) -> tuple[SparsePhase | DensePhase | LowrankPhase, ...]:
+    def resolved(self) -> tuple[AnyPhase, ...]:
         """Return the phases in order, every setting filled in."""
         if self.name != "custom":
             return tuple(getattr(self, kind) for kind in PRESETS[self.name])
         return tuple(self._custom(at, entry) for at, entry in enumerate(self.phases))
 
-    def _custom(self, at: int, entry: dict[str, Any]) -> SparsePhase | DensePhase | LowrankPhase:
-        section: SparsePhase | DensePhase | LowrankPhase | None = getattr(self, str(entry.get("kind")), None)
+    def _custom(self, at: int, entry: dict[str, Any]) -> AnyPhase:
+        section: AnyPhase | None = getattr(self, str(entry.get("kind")), None)
         if not isinstance(section, Phase):
-            raise ConfigError(f"method.phases.{at}.kind", f"{entry.get('kind')!r} is no kind of phase", "sparse, dense or lowrank")
+            kinds = [name for name, value in self if isinstance(value, Phase)]
+            raise ConfigError(f"method.phases.{at}.kind", f"{entry.get('kind')!r} is no kind of phase", ", ".join(kinds))
         try:
             return type(section).model_validate(section.model_dump() | entry)
         except ValidationError as error:

@@ -71,6 +71,8 @@ class Config(Section):
         for phase in self.method.resolved():
             if isinstance(phase, LowrankPhase):
                 self._rule_fits(phase)
+        if self.comm.wire.indices != "implicit" and any(phase.kind == "sparse" and phase.chosen for phase in self.method.resolved()):
+            raise ConfigError("comm.wire.indices", f"{self.comm.wire.indices} with a mask that all ranks know by then", "implicit")
         if self.client_files and self.data.labels is None:
             raise ConfigError("data.labels", "missing", "the number of classes or their names, when each client has its own file")
         if self.client_files and self.data.test_path is None:

@@ -2,6 +2,7 @@
 
 from slora_dist.config import AnyPhase
 from slora_dist.methods.base import add_to_base, base_weights, remove_adapters
+from slora_dist.methods.bottleneck import insert as insert_adapters
 from slora_dist.methods.lowrank import base_change, factorable, factored, keeps, lora_settings, pairs
 from slora_dist.methods.phase import Start, begin, enter, learned, names, support
 
@@ -15,6 +16,7 @@ __all__ = [
     "enter",
     "factorable",
     "factored",
+    "insert_adapters",
     "keeps",
     "learned",
     "lora_settings",

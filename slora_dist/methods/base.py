@@ -8,7 +8,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from slora_dist.model import Classifier
+from slora_dist.model import Classifier, is_added
+
+
+def base_shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} of the parameters of the plain network, in model order."""
+    return {base_name(name): tuple(parameter.shape) for name, parameter in net.named_parameters() if not is_added(name)}
 
 
 def base_name(name: str) -> str:

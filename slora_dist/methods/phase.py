@@ -12,11 +12,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from slora_dist.config import AnyPhase, DensePhase, LowrankPhase, MethodConfig
-from slora_dist.methods import lowrank
-from slora_dist.methods.base import base_name, remove_adapters
-from slora_dist.model import Classifier, head_parameters, ranks
-from slora_dist.seeding import derive
+from slora_dist.config import (
+    AnyPhase,
+    BitfitPhase,
+    DensePhase,
+    HeadPhase,
+    HoulsbyPhase,
+    LowrankPhase,
+    MethodConfig,
+    PfeifferPhase,
+    SparsePhase,
+)
+from slora_dist.errors import ConfigError
+from slora_dist.methods import bottleneck, lowrank, sparse
+from slora_dist.methods.base import base_shapes, remove_adapters
+from slora_dist.methods.sparse import Chosen, Shapes
+from slora_dist.model import Classifier, head_parameters
 from slora_dist.support import Slot, Support
 from slora_dist.svd import Factors
 
@@ -36,27 +47,51 @@ def names(method: MethodConfig) -> tuple[str, ...]:
     return tuple(kind if kinds[:at].count(kind) == 0 else f"{kind}-{kinds[:at].count(kind) + 1}" for at, kind in enumerate(kinds))
 
 
-def support(phase: AnyPhase, classifier: Classifier, method: MethodConfig, seed: int) -> Support:
-    """Return the coordinates of a phase on a classifier; shapes suffice, so a shell will do. The head is dense in every phase."""
-    head = head_parameters(classifier)
-    shapes = {base_name(name): tuple(parameter.shape) for name, parameter in classifier.net.named_parameters() if "lora_" not in name}
-    slots = [Slot.whole(name, shapes[name], "head") for name in head]
-    if isinstance(phase, LowrankPhase):
-        return Support(slots + lowrank.slots(phase, classifier))
-    backbone = [name for name in shapes if name not in set(head)]
-    if isinstance(phase, DensePhase):
-        return Support(slots + [Slot.whole(name, shapes[name], "value") for name in backbone])
-    if phase.scope == "targets":
-        backbone = [f"{layer}.weight" for layer in ranks(classifier, method.lowrank)]
-    masked = (Slot.masked(name, shapes[name], phase.density, phase.mask, derive(seed, "mask", name)) for name in backbone)
-    return Support([*slots, *masked])
+def support(phase: AnyPhase, classifier: Classifier, method: MethodConfig, seed: int, chosen: Chosen | None = None) -> Support:
+    """Return the coordinates of a phase on a classifier; shapes suffice, so a shell will do. The head is dense in every phase.
+
+    Masks that are chosen by gradient are ``chosen``, {parameter: flat positions}, or not known yet; those chosen by magnitude are known
+    where the network holds the weights of the phase's base. Raises ``ConfigError`` when the model has nothing that the phase could train.
+    """
+    shapes = base_shapes(classifier.net)
+    head = {name: shapes.pop(name) for name in head_parameters(classifier)}
+    return Support(
+        [Slot.whole(name, shape, "head") for name, shape in head.items()] + _slots(phase, classifier, method, seed, shapes, chosen)
+    )
 
 
-def enter(phase: AnyPhase, classifier: Classifier, coordinates: Support) -> None:
+def _slots(phase: AnyPhase, classifier: Classifier, method: MethodConfig, seed: int, shapes: Shapes, chosen: Chosen | None) -> list[Slot]:
+    """Return the slots of a phase besides the head; ``shapes`` are those of the backbone."""
+    match phase:
+        case LowrankPhase():
+            return lowrank.slots(phase, classifier)
+        case DensePhase():
+            return [Slot.whole(name, shape, "value") for name, shape in shapes.items()]
+        case BitfitPhase():
+            return biases(shapes)
+        case HoulsbyPhase() | PfeifferPhase():
+            return bottleneck.slots(phase, classifier)
+        case SparsePhase():
+            return sparse.slots(phase, classifier, method, seed, shapes, chosen)
+        case HeadPhase():
+            return []
+
+
+def biases(shapes: Shapes) -> list[Slot]:
+    """Return the slots of BitFit (Ben Zaken et al. 2022): every bias, those of the norms included."""
+    found = [Slot.whole(name, shape, "bias") for name, shape in shapes.items() if name.endswith(".bias")]
+    if not found:
+        raise ConfigError("method.name", "bitfit on a model whose backbone has no biases", "another method, or a model with biases")
+    return found
+
+
+def enter(phase: AnyPhase, classifier: Classifier, coordinates: Support, seed: int) -> None:
     """Make the network ready for a phase: adapters of an earlier phase leave, those of this one come in, and only its slots train."""
     remove_adapters(classifier.net)
     if isinstance(phase, LowrankPhase):
         lowrank.inject(phase, classifier)
+    elif isinstance(phase, HoulsbyPhase | PfeifferPhase):
+        bottleneck.insert(phase, classifier, seed)
     for parameter in classifier.net.parameters():
         parameter.requires_grad_(False)
     for slot in coordinates.slots:

@@ -78,7 +78,7 @@ def _enter(seat: Seat, at: int) -> Stage:
     """Enter phase ``at`` on a network that holds the base weights."""
     phase, name = seat.phases[at], methods.names(seat.config.method)[at]
     coordinates = methods.support(phase, seat.classifier, seat.config.method, seat.config.run.seed)
-    methods.enter(phase, seat.classifier, coordinates)
+    methods.enter(phase, seat.classifier, coordinates, seat.config.run.seed)
     seat.net.to(seat.device)
     first = 1 + sum(earlier.rounds for earlier in seat.phases[:at])
     exchange = Exchange(seat.config, phase, first, coordinates)
