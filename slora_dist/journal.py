@@ -62,7 +62,7 @@ def settle(notes: Mapping[int, bytes], shifts: Mapping[int, float]) -> dict[str,
 
 
 def _entry(row: Row) -> Entry:
-    return Entry(Label(**row["label"]), row["op"], row["clients"], row["transport_bytes"], Timing(**row["timing"]))
+    return Entry(Label(**row["label"]), row["op"], row["clients"], row["transport_bytes"], Timing(**row["timing"]), row["varying"])
 
 
 def _counters(parsed: Mapping[int, Row]) -> list[Row]:

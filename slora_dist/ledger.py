@@ -47,6 +47,7 @@ class Entry:
     clients: int
     transport_bytes: int
     timing: Timing
+    varying: dict[str, int] = field(default_factory=dict)  # bytes of all its messages by kind, where each has its own size
 
 
 @dataclass
@@ -56,9 +57,9 @@ class Ledger:
     rank: int
     entries: list[Entry] = field(default_factory=list)
 
-    def add(self, label: Label, op: str, clients: int, transport_bytes: int, timing: Timing) -> None:
+    def add(self, label: Label, op: str, clients: int, transport_bytes: int, timing: Timing, varying: dict[str, int] | None = None) -> None:
         """Note one collective in which this rank played ``clients`` clients."""
-        self.entries.append(Entry(label, op, clients, transport_bytes, timing))
+        self.entries.append(Entry(label, op, clients, transport_bytes, timing, varying or {}))
 
     def take(self) -> list[Entry]:
         """Return the entries since the last call, and forget them."""
@@ -71,7 +72,7 @@ def line(rank: int, entry: Entry, began: float, wait: float) -> Row:
 
     ``began`` is Unix time on rank 0's clock; ``wait`` is the part of ``seconds`` before the slowest rank that contributes was ready.
     """
-    by_kind = {kind: count * entry.clients for kind, count in entry.label.by_kind.items()}
+    by_kind = {kind: count * entry.clients for kind, count in entry.label.by_kind.items()} | entry.varying
     return {
         "rank": rank,
         "round": entry.label.round,

@@ -56,7 +56,7 @@ def full_finetuning(config: Config, classifier: Classifier) -> dict[Direction, i
     """Return the payload of full fine-tuning in the same rounds with the same clients and number format."""
     coordinates = methods.support(DensePhase(), classifier, config.method, config.run.seed)
     rounds = sum(phase.rounds for phase in config.method.resolved())
-    wires, messages = Wires.of(coordinates, config.comm.wire), config.sampled * rounds
+    wires, messages = Wires.of(coordinates, config.comm.wire.model_copy(update={"topk": None})), config.sampled * rounds
     return {"up": wires.up.nbytes * messages, "down": wires.down.nbytes * messages}
 
 
@@ -73,6 +73,7 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
         "message_bytes": {
             "up": first.up.nbytes,
             "down": faithful[0][1],
+            "estimated": first.up.varies is not None,  # positions of top-k updates, whose codes have a size of their own
             "by_kind": {"up": first.up.by_kind(), "down": exchange.whole.down.by_kind()},
         },
         "client_bytes": {"up": sum(up for up, _ in faithful), "down": sum(down for _, down in faithful)},

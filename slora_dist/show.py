@@ -86,6 +86,7 @@ def plan(plan: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase in plan["phases"]:
         message = list(dict.fromkeys(size(phase["message_bytes"][way]) for way in ("up", "down")))
+        message[0] = "about " * phase["message_bytes"]["estimated"] + message[0]
         counts = (f"{phase['trainable']:,}", f"{phase['density']:.2%}", " / ".join(message))
         sums = (size(phase["payload_bytes"][way]) for way in ("up", "down"))
         table.add_row(phase["phase"], str(phase["rounds"]), *counts, *sums)

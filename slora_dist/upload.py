@@ -9,15 +9,19 @@ Legend: N coordinates, b a bucket of bytes.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from slora_dist.aggregate.mean import Kept, Mean
 from slora_dist.agreement import tell
+from slora_dist.comm.base import Chunk
 from slora_dist.comm.metered import Metered
+from slora_dist.errors import RunError
 from slora_dist.ledger import Label
+from slora_dist.topk import TopK
 from slora_dist.wire import HEADER_BYTES, Header, Wire
 
 Updates = Iterator[tuple[Header, Tensor]]  # of this rank's clients, made when asked for: (header, delta_N)
@@ -32,7 +36,7 @@ class Upload:
     With ``holds`` rank 0 keeps every update, for a rule that needs all of them at once.
     """
 
-    wire: Wire
+    wire: Wire | TopK
     label: Label
     expected: Sequence[Header]
     ranks: Sequence[int]
@@ -57,6 +61,8 @@ class Received:
 def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
     """Gather every update; rank 0 adds each bucket while the next arrives. Returns None on other ranks."""
     wire, headers = upload.wire, list[Header]()
+    if isinstance(wire, TopK):
+        return _gather_largest(comm, upload, wire, updates)
     kept = Kept(wire.support.numel) if upload.holds else None
     mean = kept or Mean(wire.support.numel)
     spent, weight = 0.0, 1.0
@@ -71,6 +77,44 @@ def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
         mean.add(*wire.decode_chunk(offset - HEADER_BYTES, chunk_b), weight)
         spent += time.perf_counter() - began
     return Received(headers, mean.result(), spent, kept) if comm.rank == 0 else None
+
+
+def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates) -> Received | None:
+    """Gather top-k messages: each is decoded when it is there as a whole, since it takes O(k)."""
+    headers, spent = list[Header](), 0.0
+    kept = Kept(wire.support.numel) if upload.holds else None
+    mean = kept or Mean(wire.support.numel)
+    size = None if wire.varies else HEADER_BYTES + wire.nbytes
+    chunks = comm.gather(_largest(wire, updates), upload.ranks, upload.label, size, header=True)
+    for message, whole_B in wholes(chunks, HEADER_BYTES + wire.most):
+        began = time.perf_counter()
+        expected = replace(upload.expected[message], body_bytes=whole_B.numel() - HEADER_BYTES)
+        headers.append(Header.unpack(whole_B[:HEADER_BYTES], expected))
+        weight = upload.weight(headers[-1])
+        mean.count(weight)
+        mean.scatter(*wire.decode(whole_B[HEADER_BYTES:]), weight)
+        spent += time.perf_counter() - began
+    return Received(headers, mean.result(), spent, kept) if comm.rank == 0 else None
+
+
+def _largest(wire: TopK, updates: Updates) -> Iterator[Tensor]:
+    for header, delta_N in updates:
+        body_B = wire.encode(delta_N)
+        yield torch.cat([replace(header, body_bytes=body_B.numel()).pack(), body_B])
+
+
+def wholes(chunks: Iterator[Chunk], most: int) -> Iterator[tuple[int, Tensor]]:
+    """Put messages together again; raises ``RunError`` for one of fewer bytes than a header or of more than ``most``."""
+    for message, parts in groupby(chunks, key=lambda chunk: chunk[0]):
+        found, size = list[Tensor](), 0
+        for _, _, chunk_b in parts:
+            found.append(chunk_b.clone())
+            size += chunk_b.numel()
+            if size > most:
+                raise RunError(f"message {message}: more than {most} bytes")
+        if size < HEADER_BYTES:
+            raise RunError(f"message {message}: {size} bytes, fewer than a header's")
+        yield message, torch.cat(found)
 
 
 def reduce(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
@@ -90,7 +134,7 @@ def reduce(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
     return Received(headers, mean_N, time.perf_counter() - began)
 
 
-def choose(comm: Metered, wire: Wire, phase: str, number: int) -> str:
+def choose(comm: Metered, wire: Wire | TopK, phase: str, number: int) -> str:
     """Return the faster of ``gather`` and ``reduce`` on this transport for messages of this size, as measured now by rank 0."""
     if comm.size == 1:
         return "gather"

@@ -22,6 +22,7 @@ from slora_dist.config import Indices, Values, WireConfig
 from slora_dist.errors import RunError
 from slora_dist.formats import FORMATS
 from slora_dist.support import Support
+from slora_dist.topk import TopK
 
 HEADER_BYTES = 64
 _HEADER = struct.Struct("<4sHHIIIIddQ16x")
@@ -69,6 +70,7 @@ class Wire:
         self._positions_B = _positions(support, indices)
         self._scales_S = torch.zeros(self.format.scales(support.numel))  # of the message that is being decoded
         self.index_bytes, self.scale_bytes = self._positions_B.numel(), 4 * len(self._scales_S)
+        self.varies = None  # every message has the same size
         self.nbytes = self.index_bytes + self.scale_bytes + self.format.value_bytes(support.numel)
 
     def by_kind(self) -> dict[str, int]:
@@ -121,13 +123,15 @@ class Wire:
 class Wires:
     """The codecs of a phase: of the broadcast, and of what clients send."""
 
-    up: Wire
+    up: Wire | TopK
     down: Wire
 
     @staticmethod
     def of(support: Support, settings: WireConfig) -> "Wires":
         """Return the codecs that the settings ask for."""
-        down = Wire(support, settings.down, settings.indices)
+        down = Wire(support, settings.down, "implicit" if settings.topk else settings.indices)
+        if settings.topk:
+            return Wires(TopK(support, settings.up, settings.indices, settings.topk), down)
         return Wires(down if settings.up == settings.down else Wire(support, settings.up, settings.indices), down)
 
 

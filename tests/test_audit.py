@@ -25,6 +25,7 @@ TOGETHER = {
     "keep": KEEP,
     "spread": ("server.svd=ranks",),
     "reduce": ("comm.collective=reduce",),
+    "topk": ("comm.wire.topk=0.1", "comm.wire.indices=gap"),
     "auto": ("comm.collective=auto", "clients.count=7"),
 }
 NAMES = ("alone", *TOGETHER, "resumed", "moved")  # moved: begun by one rank, ended by two

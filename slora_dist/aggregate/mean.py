@@ -22,6 +22,10 @@ class Mean:
         """Add a stretch of a client's update that begins at coordinate ``start``."""
         self._sum_N[start : start + values_n.numel()].add_(values_n.to(self._sum_N.device), alpha=weight)
 
+    def scatter(self, index_k: Tensor, values_k: Tensor, weight: float) -> None:
+        """Add a client's update that is zero but at the positions ``index_k``, each of which comes once."""
+        self._sum_N.index_add_(0, index_k, values_k, alpha=weight)
+
     def result(self) -> Tensor:
         """Return the mean over all clients that were counted; the sum becomes it, so that this is asked for once."""
         return self._sum_N.div_(self._weight)
@@ -43,6 +47,10 @@ class Kept:
     def add(self, start: int, values_n: Tensor, weight: float) -> None:
         """Take a stretch of a client's update that begins at coordinate ``start``."""
         self.update_KN[-1][start : start + values_n.numel()] = values_n
+
+    def scatter(self, index_k: Tensor, values_k: Tensor, weight: float) -> None:
+        """Take a client's update that is zero but at the positions ``index_k``."""
+        self.update_KN[-1].zero_()[index_k] = values_k
 
     def result(self) -> Tensor:
         """Return the mean, with the bits that ``Mean`` gives."""

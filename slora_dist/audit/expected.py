@@ -34,6 +34,7 @@ class Want:
     clients: int
     transport: int | None
     needed: bool = True  # a round's collection of notes is itself noted a round later, or never
+    headers: int = 0  # bytes that travel with a payload and are noted apart
 
     @property
     def key(self) -> Key:
@@ -151,7 +152,9 @@ class Protocol:
             yield from ranks.reduce(number, name, "up", wire.by_kind(), clients, 4 * wire.support.numel)
             yield from headers(HEADER_BYTES)
         else:
-            yield from ranks.gather(number, name, "up", wire.by_kind(), clients, HEADER_BYTES + wire.nbytes)
+            by_kind = {kind: FREE if kind == wire.varies else count for kind, count in wire.by_kind().items()}
+            nbytes = FREE if wire.varies else HEADER_BYTES + wire.nbytes
+            yield from ranks.gather(number, name, "up", by_kind, clients, nbytes, header=True)
             yield from headers(0)  # they travelled with the messages
 
     def _hosted(self, size: int) -> list[int]:
@@ -187,11 +190,14 @@ class _Ranks:
         clients: Sequence[int],
         nbytes: int | None,
         needed: bool = True,
+        header: bool = False,
     ) -> Iterator[Want]:
         for rank in range(self.size):
             moved = clients[rank] if rank else sum(clients[1:])
             transport = FREE if nbytes is FREE else moved * nbytes
-            yield Want(number, rank, phase, "gather", direction, by_kind, clients[rank], transport, needed)
+            yield Want(
+                number, rank, phase, "gather", direction, by_kind, clients[rank], transport, needed, HEADER_BYTES * clients[rank] * header
+            )
 
 
 def _size(ledger: Sequence[Row], first: int, last: int) -> int:

@@ -80,7 +80,8 @@ def _compare(which: Key, lines: Sequence[Row], wants: Sequence[Want]) -> Iterato
     for line, want in zip(lines, wants, strict=False):
         by_kind = {kind: count if count is None else count * want.clients for kind, count in want.by_kind.items()}
         payload = line["payload_bytes"] if None in by_kind.values() else sum(count or 0 for count in by_kind.values())
-        transport = want.transport if want.transport is not None or not want.rank else payload  # a size of the run's own is said twice
+        free = want.transport is None and want.rank  # a size of the run's own is said twice
+        transport = payload + want.headers if free else want.transport
         figures = {"clients": want.clients, "payload_bytes": payload, "transport_bytes": transport}
         figures |= {f"bytes_by_kind.{kind}": count for kind, count in by_kind.items()}
         yield from _figures(line, figures)

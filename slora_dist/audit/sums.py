@@ -10,7 +10,8 @@ from slora_dist.summary import summarize
 
 def plan(run: Run) -> Iterator[str]:
     """Payload of each phase, direction and kind, and of each round, is the plan's for the rounds that were played."""
-    found, planned = _found(run), _planned(run)
+    found = _found(run)
+    planned = _planned(run, found)
     for phase, way, kind in sorted({which[1:] for which in found.keys() | planned.keys()}):
         has, should = (sum(nbytes for which, nbytes in sums.items() if which[1:] == (phase, way, kind)) for sums in (found, planned))
         if has != should:
@@ -32,7 +33,8 @@ def _found(run: Run) -> _Sums:
     return sums
 
 
-def _planned(run: Run) -> _Sums:
+def _planned(run: Run, found: _Sums) -> _Sums:
+    """Return what the plan says; where a message has a size of its own, what was found, if it is possible."""
     sums: _Sums = Counter()
     for number in range(1, run.done + 1):
         phase = run.protocol.phase(number)
@@ -41,7 +43,9 @@ def _planned(run: Run) -> _Sums:
         sent += [("down", message.wires.down, len(message.clients)) for message in exchange.down(number)]
         for way, wire, clients in sent:
             for kind, nbytes in wire.by_kind().items():
-                sums[number, phase["phase"], way, kind] += nbytes * clients
+                at = number, phase["phase"], way, kind
+                free = kind == wire.varies and found[at] <= wire.most * clients
+                sums[at] += found[at] if free else nbytes * clients
         if phase["folds"] and number == phase["first"]:
             for handed in (run.protocol.phases[phase["at"] - 1], phase):
                 for kind, nbytes in handed["messages"].whole.down.by_kind().items():

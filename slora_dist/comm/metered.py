@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -30,7 +29,8 @@ class Metered:
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the messages on rank 0 as ``Communicator.gather`` does; time spent making or using them is not counted.
 
-        Without ``nbytes`` the label has one kind, of whatever size. With ``header`` each message begins with one, noted apart as control.
+        Without ``nbytes`` the label's first kind is of whatever size: its bytes are noted as they were, the others' as they are told.
+        With ``header`` each message begins with one, noted apart as control.
         """
         clock = _Clock()
         made = _Made(messages, clock)
@@ -45,10 +45,12 @@ class Metered:
             clock.start()
         clock.stop()
         moved = received + (made.nbytes if self.rank else 0)
+        clients, varying = made.count if nbytes is not None or header else 1, dict[str, int]()
         if nbytes is None:  # sizes are known only now
-            label = replace(label, by_kind=dict.fromkeys(label.by_kind, made.nbytes))
+            first, *rest = label.by_kind
+            varying = {first: made.nbytes - made.count * (sum(label.by_kind[kind] for kind in rest) + HEADER_BYTES * header)}
         timing = Timing(clock.began, clock.seconds, made.ready, list(arrived.values()), () if self.rank else tuple(senders))
-        self._note(label, "gather", 1 if nbytes is None else made.count, moved, timing)
+        self._note(label, "gather", clients, moved, timing, varying)
         if header:
             control = Label(label.phase, label.round, "control", {"header": HEADER_BYTES})
             self.ledger.add(control, "gather", made.count, 0, Timing(clock.began, 0.0))
@@ -60,9 +62,9 @@ class Metered:
         moved = values.numel() * values.element_size() if self.size > 1 else 0
         self._note(label, "reduce", clients, moved, Timing(began, time.perf_counter() - began))
 
-    def _note(self, label: Label, op: str, clients: int, moved: int, timing: Timing) -> None:
+    def _note(self, label: Label, op: str, clients: int, moved: int, timing: Timing, varying: dict[str, int] | None = None) -> None:
         self.seconds += timing.seconds
-        self.ledger.add(label, op, clients, moved, timing)
+        self.ledger.add(label, op, clients, moved, timing, varying)
 
 
 class _Clock:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from slora_dist.section import Positive, Section
+from slora_dist.section import Positive, Section, Share
 
 Values = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 Indices = Literal["implicit", "gap", "gap+zstd", "int32"]
@@ -21,7 +21,14 @@ class WireConfig(Section):
     down_values: Values | None = Field(None, description="Number format of what the server sends. Empty: that of `values`.")
     indices: Indices = Field(
         "implicit",
-        description="Masked positions: derived from the seed on every rank, or sent before the values as gaps in bytes, as such gaps through zstandard, or as int32.",
+        description="Masked positions: derived from the seed on every rank, or sent before the values as gaps in bytes, as such gaps through zstandard, or as int32. With `topk` the positions of an upload.",
+    )
+    topk: Share | None = Field(
+        None, description="Share of its coordinates that a client sends: those whose update is largest, with their positions. Empty: all."
+    )
+    feedback: bool = Field(
+        True,
+        description="Error feedback: with `topk` a client adds what it has not sent to its next update; every client then stays on one rank.",
     )
 
     @property

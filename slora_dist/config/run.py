@@ -52,7 +52,7 @@ class Config(Section):
     @property
     def at_home(self) -> bool:
         """Whether every client stays on one rank over the whole run, because its data or its state is only there."""
-        return self.client_files
+        return self.client_files or (self.comm.wire.topk is not None and self.comm.wire.feedback)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
@@ -64,6 +64,8 @@ class Config(Section):
             raise ConfigError("model.name", "no model", "a folder or name, or `model.config` with a `model_type`")
         if self.data.partition == "natural" and not self.data.client_column and not self.client_files:
             raise ConfigError("data.client_column", "missing", "the column that names the client, with `data.partition: natural`")
+        if self.comm.wire.topk and self.comm.wire.indices == "implicit":
+            raise ConfigError("comm.wire.indices", "implicit with topk, where clients differ", "gap, gap+zstd, int32")
         if self.comm.collective != "gather" and (self.comm.wire.up, self.comm.wire.indices) != ("float32", "implicit"):
             raise ConfigError(
                 "comm.collective", f"{self.comm.collective} with another wire", "gather, or uploads of float32 values with implicit indices"

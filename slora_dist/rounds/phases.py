@@ -24,6 +24,7 @@ from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import Checkpoint
 from slora_dist.stage import Stage, switch_record
 from slora_dist.svd import Factors
+from slora_dist.topk import TopK
 from slora_dist.wire import Wire
 
 
@@ -89,7 +90,7 @@ def _enter(seat: Seat, at: int) -> Stage:
     return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, None, collective)
 
 
-def _collective(seat: Seat, wire: Wire, name: str, number: int) -> str:
+def _collective(seat: Seat, wire: Wire | TopK, name: str, number: int) -> str:
     seat.where.operation = "probe"
     chosen = seat.config.comm.collective
     return upload.choose(seat.comm, wire, name, number) if chosen == "auto" else chosen

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slora_dist.clientstate import ClientStates
 from slora_dist.comm.metered import Metered
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
@@ -44,6 +45,7 @@ class Seat:
         self.net = classifier.net.to(device)
         self.pad = int(federation.tokenizer.pad_token_id or 0)
         self.phases = config.method.resolved()
+        self.states = ClientStates(folder.path)
         self.base: dict[str, Tensor] = {}  # rank 0: the base weights that folds have changed, as they are now
         self.switch: dict[str, Any] | None = None
         self.score: Score | None = None

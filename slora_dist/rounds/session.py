@@ -27,6 +27,7 @@ from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import Checkpoint
 from slora_dist.seeding import derive
 from slora_dist.stage import Stage
+from slora_dist.topk import TopK
 from slora_dist.upload import Received, Upload
 from slora_dist.wire import HEADER_BYTES, Header
 
@@ -146,7 +147,7 @@ class Session:
         if not clients:
             return
         start_N = stage.reference_N + stage.held_N.to(self.seat.device)
-        part, nbytes = stage.exchange.trains(number), stage.exchange.up(number).wires.up.nbytes
+        part, wire = stage.exchange.trains(number), stage.exchange.up(number).wires.up
         stage.coordinates.write(self.seat.net, start_N)
         part.support.require_grad(self.seat.net, stage.coordinates)
         lr = stage.phase.lr * stage.phase.lr_decay ** (number - stage.first)
@@ -158,8 +159,20 @@ class Session:
             with self.journal.span("train", stage.name, number, client):
                 update = train(self.seat.net, part.support, part.take(start_N), documents, recipe, seed)
             self.where.operation = "upload"
-            header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, nbytes)
-            yield header, update.delta_N
+            header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, wire.nbytes)
+            if isinstance(wire, TopK) and self.config.comm.wire.feedback:
+                yield header, self._owed(wire, stage, number, client, update.delta_N)
+            else:
+                yield header, update.delta_N
+
+    def _owed(self, wire: TopK, stage: Stage, number: int, client: int, delta_N: Tensor) -> Tensor:
+        """Return an update with what the client has not sent so far, and let it keep what it will not send now either."""
+        state, own = self.seat.states.load(client, number), f"residual.{stage.name}."
+        name = own + "+".join(wire.support.counts())
+        owed_N = delta_N.cpu() + state.get(name, 0)
+        others = {key: value for key, value in state.items() if key.startswith(own) or not key.startswith("residual.")}
+        self.seat.states.save(client, number, {**others, name: wire.keep(owed_N)})
+        return owed_N
 
     def _judge(self, stage: Stage, number: int, received: Received) -> dict[str, Any]:
         """Evaluate when it is due, and return the figures of the round."""
