@@ -15,6 +15,15 @@ from slora_dist.errors import ConfigError
 
 Launcher = Literal["torchrun", "srun", "mpi"]
 
+# A fresh secret for every life of the job. It is made in the batch script, so that SLURM keeps it nowhere: only the environment of the
+# ranks, which their user alone may read, has it.
+SECRET = """\
+if [ -z "${SLORA_DIST_SECRET_FILE:-}" ]; then  # ranks get the job's secret with their environment
+  export SLORA_DIST_SECRET
+  : "${SLORA_DIST_SECRET:=$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \\n')}"
+fi
+"""
+
 # How each launcher starts the ranks. torchrun: one agent per node; the restart count keeps a requeued job from meeting its former life.
 # srun: one task per rank; without --kill-on-bad-exit the others would wait for a dead one until their time-out.
 START = {
@@ -73,7 +82,7 @@ def sbatch(config_path: str, overrides: Sequence[str], options: Options) -> str:
         [
             "#!/bin/bash\n",
             *(f"#SBATCH {line}\n" for line in _requests(config_path, options)),
-            f"set -euo pipefail\npython={shlex.quote(options.python)}\n",
+            f"set -euo pipefail\npython={shlex.quote(options.python)}\n{SECRET}",
             f"set -- {given}\n" if options.requeue else f"set -- {given} --out {out}\n",
             START[options.launcher],
             ending,

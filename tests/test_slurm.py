@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slora_dist.errors import ConfigError
-from slora_dist.slurm import START, TRAIN, TRAIN_AND_REQUEUE, Launcher, Options, sbatch
+from slora_dist.slurm import SECRET, START, TRAIN, TRAIN_AND_REQUEUE, Launcher, Options, sbatch
 
 SCRIPTS = Path(__file__).parents[1] / "slurm"
 
@@ -26,19 +26,20 @@ def test_the_whole_file_for_srun() -> None:
         "#SBATCH --time=4:00:00\n"
         "set -euo pipefail\n"
         "python=python\n"
+        f"{SECRET}"
         "set -- configs/tiny.yaml data.limit=64 --out runs/a\n"
         'start=(srun --kill-on-bad-exit=1 "$python")\n'
         '"${start[@]}" -m slora_dist train "$@"\n'
     )
 
 
-def run(script: str, folder: Path) -> list[str]:
-    """Run a batch file where srun writes down what it was given, and return that."""
-    (folder / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$@" > given\n')
+def run(script: str, folder: Path, **more: str) -> list[str]:
+    """Run a batch file where srun writes down what it was given and the secret of its environment, and return the first."""
+    (folder / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$@" > given\necho "${SLORA_DIST_SECRET:-none}" > secret\n')
     (folder / "scontrol").write_text("#!/bin/bash\necho node1\n")
     for name in ("srun", "scontrol"):
         (folder / name).chmod(0o755)
-    environ = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    environ = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"} | more
     subprocess.run(["bash", "-c", script], check=True, cwd=folder, env=environ, timeout=20)
     return (folder / "given").read_text().split("\0")[:-1]
 
@@ -53,6 +54,20 @@ def test_every_argument_arrives_as_it_was_given(tmp_path: Path, launcher: Launch
     assert given[given.index("slora_dist") - 1 :] == ["-m", "slora_dist", "train", "my configs/a.yaml", *odd, *mpi, "--out", "the run"]
     assert "/a b/python" in given
     assert ("#SBATCH --requeue\n" in text) == requeue
+
+
+def test_every_job_has_a_secret_of_its_own_that_no_argument_tells(tmp_path: Path) -> None:
+    text = sbatch("a.yaml", [], Options(nodes=2, out="run"))
+    found = set()
+    for _ in range(2):
+        given = run(text, tmp_path)
+        found.add((tmp_path / "secret").read_text().strip())
+        assert not any(secret in argument for secret in found for argument in given)
+    assert len(found) == 2 and all(len(secret) == 64 and int(secret, 16) for secret in found)
+    run(text, tmp_path, SLORA_DIST_SECRET="given")
+    assert (tmp_path / "secret").read_text() == "given\n"
+    run(text, tmp_path, SLORA_DIST_SECRET_FILE="file")
+    assert (tmp_path / "secret").read_text() == "none\n"
 
 
 def test_a_later_life_resumes(tmp_path: Path) -> None:
@@ -89,7 +104,8 @@ def test_what_slurm_would_misread_is_refused(options: Options, setting: str) -> 
     ],
 )
 def test_the_scripts_end_in_the_same_lines(script: str, ending: str) -> None:
-    assert (SCRIPTS / f"{script}.sbatch").read_text().endswith(ending)
+    text = (SCRIPTS / f"{script}.sbatch").read_text()
+    assert text.endswith(ending) and text.count(SECRET) == 1
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")

@@ -5,7 +5,10 @@ elsewhere are staged through the device, and gathered chunks are handed over on 
 Legend: B bytes of a message, b bytes of a bucket or less.
 """
 
+import errno
+import ipaddress
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from slora_dist.comm.alone import leave
 from slora_dist.comm.base import BUCKET, INIT_SECONDS, MAX_MESSAGE, Chunk, check_summable, check_wire, failing, staged
 from slora_dist.world import World
 
+BACKLOG = 1024  # ranks that may knock at the same moment
 NCCL_PATIENCE = timedelta(days=365)  # nccl's watchdog may end the process: the deadlines are those of our waits, which may be longer
 
 
@@ -152,8 +156,32 @@ def open_store(host: str, port: int, world: World, environ: Mapping[str, str]) -
     attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     with failing(world.rank, "connect", 0 if world.rank else None):
         patience = timedelta(seconds=INIT_SECONDS)
-        store = TCPStore(host, port, is_master=world.rank == 0 and not served, timeout=patience, wait_for_workers=False)
+        serves = world.rank == 0 and not served
+        door = _listen(host, port, world) if serves else None
+        store = TCPStore(host, port, is_master=serves, timeout=patience, wait_for_workers=False, master_listen_fd=door)
     return PrefixStore(f"attempt{attempt}", store)
+
+
+def _listen(host: str, port: int, world: World) -> int:
+    """Return the descriptor of a socket that listens at ``host`` alone: left to itself a store listens at all addresses of its machine.
+
+    Only where that would shut ranks out it listens at all of them: when others are elsewhere and the name leads rank 0 to its own loopback
+    (as Debian's 127.0.1.1 does), or when the address is that of a relay in front of this machine.
+    """
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    own = ipaddress.ip_address(address[0])
+    try:
+        if world.size > world.local_size and own.is_loopback:
+            return _serve("", port, family)
+        return _serve(str(own), port, family)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise RuntimeError(f"cannot listen at {host}:{port} ({error.strerror})") from None
+        return _serve("", port, family)
+
+
+def _serve(address: str, port: int, family: int) -> int:
+    return socket.create_server((address, port), family=family, backlog=BACKLOG).detach()
 
 
 def _call_roll(store: Store, rank: int, size: int) -> None:

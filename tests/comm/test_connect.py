@@ -10,7 +10,8 @@ from torch._C._distributed_c10d import TCPStore
 
 from slora_dist.comm import choose, connect
 from slora_dist.comm.mpi_comm import MpiComm
-from slora_dist.errors import ConfigError
+from slora_dist.comm.torch_comm import _listen, open_store
+from slora_dist.errors import ConfigError, RunError
 from slora_dist.world import World, detect
 from tests.ranks import run_ranks
 
@@ -91,6 +92,34 @@ def test_rank_0_of_a_step_serves_the_store() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     assert run_ranks(3, _step, _master(port)) == [("gloo", 17)] * 3
+
+
+@pytest.mark.parametrize(
+    ("host", "local_size", "listens"),
+    [("127.0.0.1", 2, "127.0.0.1"), ("127.0.0.1", 1, "0.0.0.0"), ("192.0.2.1", 1, "0.0.0.0")],
+    ids=["told", "loopback, but ranks elsewhere", "a relay's address"],
+)
+def test_the_store_listens_where_it_is_told(host: str, local_size: int, listens: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with socket.socket(fileno=_listen(host, port, World(0, 2, 0, local_size, 0, "slurm"))) as door:
+        assert door.getsockname() == (listens, port)
+
+
+def test_the_stores_socket_is_the_one_that_was_opened_for_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    held = open_store("127.0.0.1", port, World(0, 2, 0, 2, 0, "slurm"), {})
+    held.set("a", "b")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5)  # a store left to itself answers there, too
+
+
+def test_a_port_in_use_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RunError, match=f"rank 0: connect failed: cannot listen at 127.0.0.1:{port}"):
+            open_store("127.0.0.1", port, World(0, 2, 0, 2, 0, "slurm"), {})
 
 
 def _step(rank: int, size: int, shared: dict[str, str]) -> Any:
