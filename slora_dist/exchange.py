@@ -6,14 +6,15 @@ What goes down to a client is what it lacks: coordinates that have changed since
 Coordinates that are lacked by the same clients in every round travel together as a group, and a group that nobody lacks stays where it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from slora_dist.aggregate.rules import Behaviour, Kinds, behaviour
-from slora_dist.config import AnyPhase, Config
+from slora_dist.aggregate.factors import Pair
+from slora_dist.aggregate.rules import HEAD, Behaviour, Kinds, behaviour, width
+from slora_dist.config import AnyPhase, Config, WireConfig
 from slora_dist.roundplan import sample
-from slora_dist.support import Part, Support
+from slora_dist.support import Part, Slot, Support
 from slora_dist.wire import Wires
 
 
@@ -27,10 +28,12 @@ class Message:
 
 
 class Exchange:
-    """The messages of the phase that begins with round ``first`` of the run and moves ``coordinates``."""
+    """The messages of the phase that begins with round ``first`` of the run and moves ``coordinates``, of which ``pairs`` are factors."""
 
-    def __init__(self, config: Config, phase: AnyPhase, first: int, coordinates: Support) -> None:
+    def __init__(self, config: Config, phase: AnyPhase, first: int, coordinates: Support, pairs: Sequence[Pair]) -> None:
         self.first, self.rounds, self.coordinates = first, phase.rounds, coordinates
+        self._folded = _folded(pairs, width(phase, config.sampled), config.comm.wire)
+        self._everybody = tuple(range(config.clients.count))
         self.behaviour: Behaviour = behaviour(phase)
         self._sample = cache(lambda number: sample(config, number))
         self._part = cache(coordinates.part)
@@ -65,6 +68,10 @@ class Exchange:
                 messages.append(Message(self._part(kinds), self._wires(kinds), clients))
         return messages
 
+    def folds(self) -> list[Message]:
+        """Return the broadcast that ends a round, if the frozen base takes something over then: it concerns all clients that there are."""
+        return [Message(Part(self._folded.down.support, None), self._folded, self._everybody)] if self._folded else []
+
     def numbers(self) -> range:
         """Return the rounds of the phase."""
         return range(self.first, self.first + self.rounds)
@@ -74,7 +81,8 @@ class Exchange:
         for number in self.numbers():
             lacks = self._lacks(number, None if number == self.first else number - 1)
             groups = [kinds for group in self.behaviour.groups if set(group) & set(lacks) and (kinds := self._present(group))]
-            yield self.up(number).wires.up.nbytes, sum(self._wires(kinds).down.nbytes for kinds in groups)
+            folded = self._folded.down.nbytes if self._folded else 0
+            yield self.up(number).wires.up.nbytes, sum(self._wires(kinds).down.nbytes for kinds in groups) + folded
 
     def _present(self, kinds: Kinds | None = None) -> Kinds:
         """Return those of ``kinds`` that the phase has."""
@@ -82,6 +90,8 @@ class Exchange:
 
     def _lacks(self, number: int, last: int | None) -> Kinds:
         """Return what a client needs in round ``number`` that took part in round ``last`` for the last time, or in none."""
+        if self.behaviour.restarts and number > self.first:
+            return self._present(HEAD)
         if last is None or self.behaviour.changes_all:
             return self._present()
         changed = {kind for at in range(last, number) for kind in self.behaviour.trains(at - self.first)}
@@ -92,3 +102,13 @@ class Exchange:
         if self.stateless:
             return None
         return next((at for at in range(number - 1, self.first - 1, -1) if client in self._sample(at)), None)
+
+
+def _folded(pairs: Sequence[Pair], blocks: int, settings: WireConfig) -> Wires | None:
+    """Return the codecs of what the base takes over, ``blocks`` clients' factors wide: for every layer its left and its right factor."""
+    slots = []
+    for pair in pairs if blocks else ():
+        columns = blocks * pair.rank
+        slots.append(Slot.whole(f"{pair.layer}.fold_A", (columns, pair.in_features), "factor_a"))
+        slots.append(Slot.whole(f"{pair.layer}.fold_B", (pair.out_features, columns), "factor_b"))
+    return Wires.of(Support(slots), settings) if slots else None

@@ -47,7 +47,8 @@ def exchanges(config: Config, classifier: Classifier) -> dict[str, Exchange]:
     """Return the messages of every phase, by its name."""
     found, first = {}, 1
     for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
-        found[name] = Exchange(config, phase, first, methods.support(phase, classifier, config.method, config.run.seed))
+        coordinates = methods.support(phase, classifier, config.method, config.run.seed)
+        found[name] = Exchange(config, phase, first, coordinates, methods.pairs(phase, classifier, coordinates))
         first += phase.rounds
     return found
 
@@ -63,7 +64,7 @@ def full_finetuning(config: Config, classifier: Classifier) -> dict[Direction, i
 def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict[str, Any]:
     """Return a phase's row: ``message_bytes`` are those of its first round, ``client_bytes`` those of a client in all of its rounds."""
     first, rounds = exchange.up(exchange.first).wires, exchange.numbers()
-    down = [message for number in rounds for message in exchange.down(number)]
+    down = [message for number in rounds for message in [*exchange.down(number), *exchange.folds()]]
     faithful = list(exchange.faithful())
     return {
         "phase": name,

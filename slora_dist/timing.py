@@ -15,9 +15,9 @@ import numpy as np
 from slora_dist import methods
 from slora_dist.config import Config
 from slora_dist.errors import ConfigError
-from slora_dist.exchange import Exchange
 from slora_dist.model import Classifier
 from slora_dist.network import Network
+from slora_dist.plan import exchanges
 from slora_dist.roundplan import RoundPlan, plan_round
 from slora_dist.wire import HEADER_BYTES
 
@@ -51,7 +51,7 @@ def predict(config: Config, classifier: Classifier, machine: Mapping[str, Any]) 
         local = machine["phases"].get(name)
         if local is None:
             raise ConfigError("--machine", f"knows no phase {name}", f"a file measured with this config ({', '.join(machine['phases'])})")
-        messages = Exchange(config, phase, first, methods.support(phase, classifier, config.method, config.run.seed))
+        messages = exchanges(config, classifier)[name]
         sizes = dict(zip(messages.numbers(), messages.faithful(), strict=True))
         plans = {number: plan_round(config, number, size, documents) for number in range(first, first + phase.rounds)}
         exchange = _emulated if config.network.mode != "off" else _measured

@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 
+from slora_dist.aggregate.factors import Pair
 from slora_dist.config import LowrankPhase, Rule
 from slora_dist.exchange import Exchange
 from slora_dist.roundplan import sample
@@ -20,7 +21,8 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def exchange(rule: Rule, *overrides: str) -> Exchange:
-    return Exchange(tiny("clients.count=9", "clients.per_round=3", *overrides), LowrankPhase(rounds=ROUNDS, rule=rule), FIRST, SUPPORT)
+    settings = tiny("clients.count=9", "clients.per_round=3", *overrides)
+    return Exchange(settings, LowrankPhase(rounds=ROUNDS, rule=rule), FIRST, SUPPORT, [Pair("layer", slice(0, A), slice(A, A + B), 5, 1.0)])
 
 
 def held(rule: Rule) -> dict[int, dict[str, int]]:
@@ -35,6 +37,8 @@ def held(rule: Rule) -> dict[int, dict[str, int]]:
             assert has[client] == newest, (number, client)
         changed = newest if messages.behaviour.changes_all else messages.trains(number).support.counts()
         newest |= dict.fromkeys(changed, number + 1)
+        if messages.behaviour.restarts:  # every client draws its factors
+            has = {client: newest | {"head": has.get(client, {}).get("head", 0)} for client in range(9)}
     return has
 
 
@@ -69,8 +73,20 @@ def test_rolora_sends_up_one_factor_and_down_what_is_lacking() -> None:
     assert sent(some, 5)["factor_a"] == 3 * A and sent(some, 5)["factor_b"] == (3 - len(again)) * B
 
 
-@pytest.mark.parametrize(("rule", "up"), [("fedavg", A + B + HEAD), ("svd", A + B + HEAD), ("fedsvd", B + HEAD)])
+@pytest.mark.parametrize(("rule", "up"), [("fedavg", A + B + HEAD), ("svd", A + B + HEAD), ("fair", A + B + HEAD), ("fedsvd", B + HEAD)])
 def test_other_rules_send_everything_down(rule: Rule, up: int) -> None:
     messages = exchange(rule)
     assert list(messages.faithful()) == [(4 * up, 4 * (A + B + HEAD))] * ROUNDS
     assert all(len(messages.down(number)) == 1 for number in messages.numbers())
+
+
+def test_what_the_base_takes_over_goes_to_everybody() -> None:
+    residual, products = exchange("fedex"), exchange("stack")
+    for messages, clients in ((residual, 3 + 1), (products, 3)):  # the mean's own factors make one more
+        (message,) = messages.folds()
+        assert message.wires.down.by_kind() == {"factor_a": 4 * clients * A, "factor_b": 4 * clients * B}
+        assert message.clients == tuple(range(9))
+    assert list(residual.faithful()) == [(4 * (A + B + HEAD), 4 * (A + B + HEAD) + 4 * 4 * (A + B))] * ROUNDS
+    downs = [down for _, down in products.faithful()]
+    assert downs == [4 * (A + B + HEAD) + 3 * 4 * (A + B)] + [4 * HEAD + 3 * 4 * (A + B)] * (ROUNDS - 1)
+    assert sent(products, FIRST + 1) == {"head": 3 * HEAD}

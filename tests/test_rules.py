@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slora_dist.aggregate import rules
-from slora_dist.aggregate.factors import Pair
+from slora_dist.aggregate.factors import Pair, restart
 from slora_dist.aggregate.mean import Kept
 from slora_dist.aggregate.server import Server
 from slora_dist.config import LowrankPhase, Rule, ServerConfig
@@ -20,15 +20,15 @@ from slora_dist.support import Slot, Support
 SHAPES = {"tall": (13, 7), "wide": (5, 12)}
 EXAMPLES = (7.0, 1.0, 2.0, 5.0)
 RULES: tuple[Rule, ...] = get_args(Rule)
-INEXACT = ("fedavg",)
+INEXACT = ("fedavg", "fair")
 HEAD = 6
 
 
 class Round:
     """Factors of two matrices that are not square, scaled by 2.5, and a head, after one round of four clients of different weights."""
 
-    def __init__(self, rule: Rule, rank: int | None, at: int = 0) -> None:
-        self.phase = LowrankPhase(rule=rule)
+    def __init__(self, rule: Rule, rank: int | None, at: int = 0, fair_ridge: float = 0.01) -> None:
+        self.phase = LowrankPhase(rule=rule, fair_ridge=fair_ridge)
         slots = [Slot.whole("head", (HEAD,), "head")]
         ranks = {layer: rank or min(shape) for layer, shape in SHAPES.items()}
         for layer, (out, into) in SHAPES.items():
@@ -45,14 +45,22 @@ class Round:
         self.value_KN = [self.start_N + self.part.spread(update_n, self.support.numel) for update_n in self.update_Kn]
 
     def played(self) -> Tensor:
-        """What the server holds after the round."""
+        """What the server holds after the round; ``folds`` is then what the base of each layer takes over."""
         kept = Kept(self.part.support.numel)
         for update_n, weight in zip(self.update_Kn, EXAMPLES, strict=True):
             kept.count(weight)
             kept.add(0, update_n, weight)
         server = Server(ServerConfig(), self.start_N)
         server.step(self.part.spread(kept.result(), self.support.numel))
-        return rules.combine(self.phase, self.pairs, server.offset_N, self.value_KN, kept.shares)
+        after_N, self.folds = rules.combine(self.pairs, rules.Clients(self.phase, server.offset_N, self.value_KN, kept.shares))
+        if rules.behaviour(self.phase).restarts:
+            restart(self.pairs, after_N, 0, 1)
+        return after_N
+
+    def whole(self, pair: Pair, after_N: Tensor) -> Tensor:
+        """The product of the factors, and what the base has taken over."""
+        left_OQ, right_QI = self.folds.get(pair.layer, (torch.zeros(1, 1), torch.zeros(1, 1)))
+        return self.product(pair, after_N) + left_OQ @ right_QI
 
     def product(self, pair: Pair, value_N: Tensor) -> Tensor:
         b_OR, a_RI = pair.split(value_N.double())
@@ -64,10 +72,9 @@ class Round:
         return torch.stack(products).sum(0) / sum(EXAMPLES)
 
     def error(self) -> float:
-        """The largest error of an entry, relative to the largest entry."""
-        after_N = self.played()
-        errors = [(self.product(pair, after_N) - self.dense(pair)).abs().max() / self.dense(pair).abs().max() for pair in self.pairs]
-        return float(max(errors))
+        """The larger distance of a product from the dense mean, relative to the latter's norm."""
+        after_N, norm = self.played(), torch.linalg.matrix_norm
+        return float(max(norm(self.whole(pair, after_N) - self.dense(pair)) / norm(self.dense(pair)) for pair in self.pairs))
 
 
 @pytest.mark.parametrize("at", [0, 1])
@@ -102,6 +109,32 @@ def test_fedsvd_leaves_orthonormal_rows_in_a() -> None:
     for pair in played.pairs:
         _, a_RI = pair.split(after_N)
         torch.testing.assert_close(a_RI @ a_RI.T, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_fair_comes_closer_than_fedavg_the_less_its_correction_is_held_back() -> None:
+    errors = [Round("fair", rank=3, fair_ridge=ridge).error() for ridge in (1e9, 1.0, 0.01, 0.0)]
+    assert errors == sorted(errors, reverse=True) and errors[0] == pytest.approx(Round("fedavg", rank=3).error(), rel=1e-4)
+    assert errors[-1] < 0.9 * errors[0]
+
+
+def test_fair_without_ridge_is_the_least_squares_solution() -> None:
+    """No B comes closer to the mean of the products with Abar as it is."""
+    played = Round("fair", rank=3, fair_ridge=0.0)
+    after_N = played.played()
+    for pair in played.pairs:
+        b_OR, a_RI = (factor.double() for factor in pair.split(after_N))
+        best_OR = torch.linalg.lstsq(a_RI.T, played.dense(pair).T / pair.scale).solution.T
+        torch.testing.assert_close(b_OR, best_OR, atol=1e-5, rtol=1e-5)
+
+
+def test_stack_begins_anew_with_another_a_every_round() -> None:
+    played = Round("stack", rank=3)
+    first_N, again_N, next_N = played.played(), played.played(), played.start_N.clone()
+    restart(played.pairs, next_N, 0, 2)
+    assert torch.equal(first_N, again_N)
+    for pair in played.pairs:
+        assert not first_N[pair.b].any() and not torch.equal(first_N[pair.a], next_N[pair.a])
+        assert first_N[pair.a].abs().max() <= pair.in_features**-0.5
 
 
 def test_what_a_round_does_not_train_does_not_move() -> None:

@@ -3,11 +3,14 @@
 Legend: N coordinates, K clients, O/I out/in features, R rank, Q columns of stacked factors. peft adds ``scale * B A`` to the weight.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from slora_dist.seeding import derive
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,16 @@ class Pair:
     rank: int
     scale: float
 
+    @property
+    def out_features(self) -> int:
+        """O of the matrix."""
+        return int(self.b.stop - self.b.start) // self.rank
+
+    @property
+    def in_features(self) -> int:
+        """I of the matrix."""
+        return int(self.a.stop - self.a.start) // self.rank
+
     def split(self, vector_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return (b_OR, a_RI), views of a vector."""
         return vector_N[self.b].view(-1, self.rank), vector_N[self.a].view(self.rank, -1)
@@ -27,6 +40,20 @@ class Pair:
     def put(self, vector_N: Tensor, b_OR: Tensor, a_RI: Tensor) -> None:
         """Write both factors into a vector."""
         vector_N[self.b], vector_N[self.a] = b_OR.reshape(-1), a_RI.reshape(-1)
+
+
+def random_factors(out_features: int, in_features: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return LoRA's own start (b_OR, a_RI): A uniform in +-1/sqrt(I) (Kaiming with a = sqrt(5)), B zero."""
+    bound = 1 / math.sqrt(in_features)
+    a_RI = torch.empty(rank, in_features).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+    return torch.zeros(out_features, rank), a_RI
+
+
+def restart(pairs: Sequence[Pair], vector_N: Tensor, seed: int, number: int) -> None:
+    """Write LoRA's own start over the factors in a vector: another one after every round ``number``, the same on every rank."""
+    for pair in pairs:
+        drawn = derive(seed, "lora_A", pair.layer, number)
+        pair.put(vector_N, *random_factors(pair.out_features, pair.in_features, pair.rank, drawn))
 
 
 def stack(pair: Pair, value_KN: Sequence[Tensor], weight_K: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,7 @@ class Protocol:
             yield replace(want, round=1) if want.rank else want  # they are just being told where the run stands
         if life.first > 1:
             phase = self.phase(life.first - 1)
-            if any(earlier["folds"] for earlier in self.phases[: phase["at"] + 1]):
+            if any(earlier["folds"] or earlier["messages"].folds() for earlier in self.phases[: phase["at"] + 1]):
                 yield from ranks.broadcast(life.first, "start", "control", {"base": 4 * self.plan["parameters"]}, [1] * life.size)
             yield from self._enter(phase, life.first, ranks)
             if not phase["messages"].stateless:
@@ -146,6 +146,8 @@ class Protocol:
         for message in exchange.down(number):
             concerned = [len(set(plan.played_by(rank)) & set(message.clients)) for rank in range(ranks.size)]
             yield from ranks.broadcast(number, name, "down", message.wires.down.by_kind(), concerned)
+        for message in exchange.folds():
+            yield from ranks.broadcast(number, name, "down", message.wires.down.by_kind(), self._hosted(ranks.size))
         wire = exchange.up(number).wires.up
         headers = partial(ranks.gather, number, name, "control", {"header": HEADER_BYTES}, clients)
         if collective == "reduce":

@@ -40,7 +40,7 @@ def _planned(run: Run, found: _Sums) -> _Sums:
         phase = run.protocol.phase(number)
         exchange = phase["messages"]
         sent = [("up", exchange.up(number).wires.up, run.config.sampled)]
-        sent += [("down", message.wires.down, len(message.clients)) for message in exchange.down(number)]
+        sent += [("down", message.wires.down, len(message.clients)) for message in [*exchange.down(number), *exchange.folds()]]
         for way, wire, clients in sent:
             for kind, nbytes in wire.by_kind().items():
                 at = number, phase["phase"], way, kind

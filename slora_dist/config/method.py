@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from slora_dist.errors import ConfigError
-from slora_dist.section import Positive, Real, Section, explain
+from slora_dist.section import NonNegative, Positive, Real, Section, explain
 
-Rule = Literal["fedavg", "ffa", "rolora", "svd", "fedsvd"]
+Rule = Literal["fedavg", "ffa", "rolora", "fedex", "stack", "svd", "fedsvd", "fair"]
 
 
 class Phase(Section):
@@ -70,7 +70,10 @@ class LowrankPhase(Phase):
     )
     rule: Rule = Field(
         "fedavg",
-        description="How the clients' factors become one: `fedavg` (the paper) averages both; `ffa`, `rolora`, `fedsvd` and `svd` are exact in the product B A, see docs/algorithm.md.",
+        description="How the clients' factors become one: `fedavg` (the paper) averages both; the others mend that the product of averages is not the average of products, see docs/algorithm.md.",
+    )
+    fair_ridge: NonNegative = Field(
+        0.01, description="How small `fair` keeps its correction of B, relative to A's squared singular values."
     )
     split: Literal["us", "sqrt"] = Field("us", description="Where the singular values go: all to B (the paper), or their roots to both.")
 

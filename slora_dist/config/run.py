@@ -86,7 +86,7 @@ class Config(Section):
         if phase.rule not in ("fedavg", "ffa") and not plain:
             problem = f"{phase.rule} sets factors that a server optimiser would move again"
             raise ConfigError("method.lowrank.rule", problem, "fedavg, ffa; or server.optimizer sgd with lr 1 and momentum 0")
-        if phase.rule == "svd" and self.comm.collective != "gather":
+        if phase.rule in ("fedex", "stack", "svd", "fair") and self.comm.collective != "gather":
             raise ConfigError(
                 "comm.collective", f"{self.comm.collective} with rule {phase.rule}, which needs every client's factors", "gather"
             )

@@ -3,15 +3,14 @@
 Legend: O/I out/in features, R rank.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from slora_dist.aggregate.factors import Pair
+from slora_dist.aggregate.factors import Pair, random_factors
+from slora_dist.aggregate.rules import width
 from slora_dist.config import AnyPhase, LowrankPhase
 from slora_dist.model import Classifier, dense_layers, is_transposed, ranks
 from slora_dist.seeding import derive
@@ -55,7 +54,7 @@ def start(phase: LowrankPhase, classifier: Classifier, found: Mapping[str, Facto
         if layer in found:
             b_OR, a_RI = found[layer].b_OR, found[layer].a_RI
         else:
-            b_OR, a_RI = _random_factors(layers[layer], rank, derive(seed, "lora_A", layer))
+            b_OR, a_RI = random_factors(*layers[layer], rank, derive(seed, "lora_A", layer))
         factors |= dict(zip(_names(layer), (a_RI, b_OR), strict=True))
     return factors
 
@@ -66,7 +65,7 @@ def multiplied(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, 
     for layer, rank in ranks(classifier, phase).items():
         a_RI, b_OR = (updates.pop(name) for name in _names(layer))
         product_OI = (_alpha(phase, rank) / rank) * (b_OR @ a_RI)
-        updates[f"{layer}.weight"] = product_OI.T.contiguous() if is_transposed(classifier, layer) else product_OI
+        updates[f"{layer}.weight"] = as_stored(classifier, layer, product_OI)
     return updates
 
 
@@ -107,6 +106,17 @@ def keeps(phase: AnyPhase) -> bool:
     return isinstance(phase, LowrankPhase) and "keep" in (phase.residual, phase.remainder)
 
 
+def base_moves(phases: Sequence[AnyPhase], next_phase: AnyPhase | None = None) -> bool:
+    """Whether the frozen base is another one after these phases, or once ``next_phase`` has begun after them."""
+    kept = any(keeps(phase) for phase in [*phases, next_phase][1:] if phase)
+    return kept or any(width(phase, 1) for phase in phases)
+
+
+def as_stored(classifier: Classifier, layer: str, update_OI: Tensor) -> Tensor:
+    """Return the update of a layer's weight as the layer stores it."""
+    return update_OI.T.contiguous() if is_transposed(classifier, layer) else update_OI
+
+
 def base_change(phase: LowrankPhase, before: Mapping[str, Tensor], factors: Mapping[str, Tensor], head: list[str]) -> dict[str, Tensor]:
     """Return what the base takes over: dW - scale B0 A0 of targets (``residual: keep``), dW of the rest (``remainder: keep``)."""
     change = {}
@@ -126,11 +136,3 @@ def _names(layer: str) -> tuple[str, str]:
 
 def _alpha(phase: LowrankPhase, rank: int) -> float:
     return float(rank) if phase.alpha is None else phase.alpha
-
-
-def _random_factors(shape: tuple[int, int], rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """LoRA's own start: A uniform in +-1/sqrt(I) (Kaiming with a = sqrt(5)), B zero."""
-    out_features, in_features = shape
-    bound = 1 / math.sqrt(in_features)
-    a_RI = torch.empty(rank, in_features).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
-    return torch.zeros(out_features, rank), a_RI

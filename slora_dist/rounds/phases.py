@@ -19,7 +19,6 @@ from slora_dist.exchange import Exchange
 from slora_dist.handover import spread
 from slora_dist.ledger import Label
 from slora_dist.model import head_parameters
-from slora_dist.roundplan import home
 from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import Checkpoint
 from slora_dist.stage import Stage, switch_record
@@ -47,6 +46,8 @@ def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
         stage.server = Server(seat.config.server, start.offset_N)
     if previous and methods.keeps(stage.phase):
         _fold(seat, previous, stage)
+    if previous and seat.base:
+        seat.folder.save_base(seat.base, stage.at)
     if previous and seat.is_root:
         with seat.journal.span("evaluate", stage.name, stage.first):
             before, after = seat.score, seat.evaluate(stage)
@@ -60,8 +61,8 @@ def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
 def restore(seat: Seat, at: int, number: int, resumed: Checkpoint | None) -> Stage:
     """Enter phase ``at`` as it was after round ``number``; ``resumed`` is rank 0's."""
     seat.where.operation = "resume"
-    if any(methods.keeps(phase) for phase in seat.phases[1 : at + 1]):
-        _restore_base(seat, number, at)
+    if methods.base_moves(seat.phases[: at + 1]):
+        _restore_base(seat, number, at, resumed)
     stage = _enter(seat, at)
     _compare_fingerprints(seat, stage, number + 1)
     if resumed:
@@ -82,8 +83,8 @@ def _enter(seat: Seat, at: int) -> Stage:
     methods.enter(phase, seat.classifier, coordinates, seat.config.run.seed)
     seat.net.to(seat.device)
     first = 1 + sum(earlier.rounds for earlier in seat.phases[:at])
-    exchange = Exchange(seat.config, phase, first, coordinates)
     pairs = methods.pairs(phase, seat.classifier, coordinates)
+    exchange = Exchange(seat.config, phase, first, coordinates, pairs)
     seat.where.phase = name
     collective = _collective(seat, exchange.up(first).wires.up, name, first)
     reference_N, held_N = coordinates.reference(seat.net), torch.zeros(coordinates.numel)
@@ -126,7 +127,7 @@ def _fold(seat: Seat, previous: Stage, stage: Stage) -> None:
             one.exchange.whole.down,
             one.server.offset_N if one.server else None,
             stage.label(stage.first, "down", one.exchange.whole.down.by_kind()),
-            _hosted(seat),
+            seat.hosted,
         )
         for one in (previous, stage)
     )
@@ -137,18 +138,14 @@ def _fold(seat: Seat, previous: Stage, stage: Stage) -> None:
     methods.add_to_base(seat.classifier, change)
     if seat.is_root:
         seat.base |= methods.base_weights(seat.classifier, change)
-        seat.folder.save_base(seat.base, stage.at)
 
 
-def _hosted(seat: Seat) -> int:
-    """How many of all clients this rank answers for, where a message goes to all of them and not to a round's sample."""
-    return sum(home(client, seat.comm.size) == seat.comm.rank for client in range(seat.config.clients.count))
-
-
-def _restore_base(seat: Seat, number: int, at: int) -> None:
+def _restore_base(seat: Seat, number: int, at: int, resumed: Checkpoint | None) -> None:
     """Bring every rank's base to where the folds before the checkpoint have brought it: weights, since a sum of folds may round."""
-    if seat.is_root:
-        seat.base = seat.folder.load_base(max(fold for fold in range(1, at + 1) if methods.keeps(seat.phases[fold])))
+    if resumed:
+        earlier = seat.folder.load_base(at) if methods.base_moves(seat.phases[:at], seat.phases[at]) else {}
+        later = {name.removeprefix("base."): weight for name, weight in resumed.tensors.items() if name.startswith("base.")}
+        seat.base = earlier | later
     weights = {name: seat.base.get(name, parameter.detach()).cpu() for name, parameter in seat.net.named_parameters()}
     wire_B = torch.cat([weight.reshape(-1) for weight in weights.values()]).view(torch.uint8)
     seat.comm.broadcast(wire_B, Label(seat.where.phase, number + 1, "control", {"base": wire_B.numel()}), clients=1)

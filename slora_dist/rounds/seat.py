@@ -19,6 +19,7 @@ from slora_dist.journal import Journal
 from slora_dist.ledger import Label
 from slora_dist.model import Classifier
 from slora_dist.network import Network
+from slora_dist.roundplan import home
 from slora_dist.runfolder import RunFolder
 from slora_dist.stage import Stage
 from slora_dist.wire import Wire
@@ -50,6 +51,11 @@ class Seat:
         self.switch: dict[str, Any] | None = None
         self.score: Score | None = None
         self.test: Encoded | None = None  # rank 0: the held-out documents
+
+    @property
+    def hosted(self) -> int:
+        """How many of all clients this rank answers for, where a message goes to all of them and not to a round's sample."""
+        return sum(home(client, self.comm.size) == self.comm.rank for client in range(self.config.clients.count))
 
     def send_down(self, wire: Wire, values_N: Tensor | None, label: Label, clients: int) -> Tensor:
         """Broadcast rank 0's values; every rank, the server included, goes on with what the bytes say."""

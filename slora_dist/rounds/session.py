@@ -13,16 +13,15 @@ from typing import Any
 from torch import Tensor
 
 from slora_dist import upload
-from slora_dist.aggregate import rules
+from slora_dist.aggregate.rules import Fold
 from slora_dist.agreement import gather_bytes, tell
 from slora_dist.client import Recipe, train
 from slora_dist.clock import synchronize
-from slora_dist.config import LowrankPhase
 from slora_dist.export import Result
 from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
 from slora_dist.roundplan import RoundPlan, plan_round
-from slora_dist.rounds import phases
+from slora_dist.rounds import move, phases
 from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import Checkpoint
 from slora_dist.seeding import derive
@@ -90,11 +89,11 @@ class Session:
         self.where.operation = "broadcast"
         down = self._send_down(stage, number, plan)
         self.where.operation = "upload"
-        received = self._upload(stage, number, plan)
+        received, folded = self._upload(stage, number, plan)
         record: dict[str, Any] = {"round": number, "phase": stage.name}
         if received:
             record |= self._judge(stage, number, received)
-            nbytes = (down, HEADER_BYTES + stage.exchange.up(number).wires.up.nbytes)
+            nbytes = (down + folded, HEADER_BYTES + stage.exchange.up(number).wires.up.nbytes)
             trained = [one.seconds for one in received.headers]
             record["network"] = self.seat.network.seconds(plan, number, nbytes, trained, received.seconds)
         self.where.operation = "ledger"
@@ -119,8 +118,11 @@ class Session:
             sent += wire.nbytes
         return sent
 
-    def _upload(self, stage: Stage, number: int, plan: RoundPlan) -> Received | None:
-        """Train this rank's clients and bring all updates to rank 0, which moves the global state by them."""
+    def _upload(self, stage: Stage, number: int, plan: RoundPlan) -> tuple[Received | None, int]:
+        """Train this rank's clients and bring all updates to rank 0, which moves the global state by them.
+
+        Returns with what rank 0 received the bytes of what every client's base takes over.
+        """
         message = stage.exchange.up(number)
         wire = message.wires.up
         expected = [Header(client, stage.at, number, 1, 0.0, 0.0, wire.nbytes) for client in plan.clients]
@@ -128,19 +130,12 @@ class Session:
         job = Upload(wire, stage.label(number, "up", wire.by_kind()), expected, plan.ranks, by_examples, holds)
         updates = self._updates(stage, number, plan.played_by(self.comm.rank))
         received = (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
+        folds: dict[str, Fold] = {}
         if received and stage.server:
             began = time.perf_counter() - received.seconds  # buckets were added as they came: here they stand together, at the end
-            stage.server.step(message.part.spread(received.mean_N, stage.coordinates.numel))
-            if isinstance(stage.phase, LowrankPhase):
-                stage.server.replace(self._combine(stage, stage.phase, received, stage.server.offset_N))
+            folds = move.step(self.seat, stage, number, received)
             self.journal.note("aggregate", stage.name, number, began, time.perf_counter() - began)
-        return received
-
-    def _combine(self, stage: Stage, phase: LowrankPhase, received: Received, offset_N: Tensor) -> Tensor:
-        """Return the offset that the rule of a low-rank phase makes of the offset after the mean and of the clients' own values."""
-        kept = received.kept
-        value_KN = [stage.held_N + update_N for update_N in kept.update_KN] if kept else []
-        return rules.combine(phase, stage.pairs, offset_N, value_KN, kept.shares if kept else [])
+        return received, move.fold(self.seat, stage, number, folds)
 
     def _updates(self, stage: Stage, number: int, clients: list[int]) -> Iterator[tuple[Header, Tensor]]:
         """Train one client after the other, when its update is asked for."""
@@ -210,4 +205,6 @@ class Session:
             score = {"accuracy": self.seat.score.accuracy, "loss": self.seat.score.loss} if self.seat.score else None
             values = {"round": record["round"], "phase": stage.at, "switch": self.seat.switch, "score": score}
             held = {} if stage.exchange.stateless else {"held": stage.held_N}
+            if stage.exchange.folds():
+                held |= {f"base.{name}": weight for name, weight in self.seat.base.items()}
             self.folder.save_behind(Checkpoint(stage.server.state() | held, values))

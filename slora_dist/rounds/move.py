@@ -1,0 +1,75 @@
+"""How a round's updates move the global state: the server's step, what the rule makes of the factors, and what the base takes over.
+
+Legend: N coordinates, n those that travelled up, K clients, O/I out/in features, Q columns of stacked factors.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slora_dist import methods
+from slora_dist.aggregate import rules
+from slora_dist.aggregate.factors import restart
+from slora_dist.aggregate.rules import Clients, Fold
+from slora_dist.config import LowrankPhase
+from slora_dist.exchange import Message
+from slora_dist.rounds.seat import Seat
+from slora_dist.stage import Stage
+from slora_dist.upload import Received
+
+
+def step(seat: Seat, stage: Stage, number: int, received: Received) -> dict[str, Fold]:
+    """Move rank 0's offset by a round's updates; returns what the base of each layer takes over."""
+    assert stage.server
+    part, numel = stage.exchange.up(number).part, stage.coordinates.numel
+    stage.server.step(part.spread(received.mean_N, numel))
+    if not isinstance(stage.phase, LowrankPhase):
+        return {}
+    kept = received.kept
+    value_KN = [stage.held_N + part.spread(update_n, numel) for update_n in kept.update_KN] if kept else []
+    clients = Clients(stage.phase, stage.server.offset_N, value_KN, kept.shares if kept else [])
+    offset_N, folds = rules.combine(stage.pairs, clients)
+    if stage.exchange.behaviour.restarts:
+        restart(stage.pairs, offset_N, seat.config.run.seed, number)
+    stage.server.replace(offset_N)
+    return folds
+
+
+def fold(seat: Seat, stage: Stage, number: int, folds: dict[str, Fold]) -> int:
+    """Let the frozen base of every client take over what the rule says; returns the bytes that it took."""
+    if stage.exchange.behaviour.restarts:
+        restart(stage.pairs, stage.held_N, seat.config.run.seed, number)
+    sent = 0
+    for message in stage.exchange.folds():
+        _fold(seat, stage, number, message, folds)
+        sent += message.wires.down.nbytes
+    return sent
+
+
+def _fold(seat: Seat, stage: Stage, number: int, message: Message, folds: dict[str, Fold]) -> None:
+    wire = message.wires.down
+    values_N = _laid_out(message, folds) if seat.is_root else None
+    received_N = seat.send_down(wire, values_N, stage.label(number, "down", wire.by_kind()), seat.hosted)
+    factors = message.part.support.densify(received_N)
+    change = {
+        f"{pair.layer}.weight": methods.as_stored(
+            seat.classifier, pair.layer, factors[f"{pair.layer}.fold_B"] @ factors[f"{pair.layer}.fold_A"]
+        )
+        for pair in stage.pairs
+    }
+    methods.add_to_base(seat.classifier, change)
+    if seat.is_root:
+        seat.base |= methods.base_weights(seat.classifier, change)
+
+
+def _laid_out(message: Message, folds: dict[str, Fold]) -> Tensor:
+    """Return the factors as one vector, filled up with zero columns where clients were left out."""
+    parts = []
+    for slot in message.part.support.slots:
+        layer, _, side = slot.name.rpartition(".")
+        left_OQ, right_QI = folds[layer]
+        factor = left_OQ if side == "fold_B" else right_QI.T
+        lacking = (slot.shape[1] if side == "fold_B" else slot.shape[0]) - factor.shape[1]
+        filled = functional.pad(factor, (0, lacking))
+        parts.append((filled if side == "fold_B" else filled.T).reshape(-1).float())
+    return torch.cat(parts)
