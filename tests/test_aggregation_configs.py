@@ -13,7 +13,7 @@ from slora_dist.runfolder import RunFolder
 from tests.tiny import ROOT, same
 
 FILES = sorted((ROOT / "configs" / "aggregation").glob("*.yaml"))
-SHORT = ("method.sparse.rounds=1", "method.lowrank.rounds=3", "clients.epochs=1", "data.limit=80", "data.test_limit=40")
+SHORT = ("method.sparse.rounds=1", "method.lowrank.rounds=3", "clients.epochs=1", "data.limit=48", "data.test_limit=16")
 
 
 def play(file: Path, out: Path, stop_after: int | None = None, resume: bool = False) -> RunFolder:
