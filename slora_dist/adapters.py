@@ -1,6 +1,6 @@
 """What a run leaves in ``RUN/adapter``, loaded again: LoRA factors by peft, deltas and bottleneck adapters here.
 
-The folder has ``slora_dist.json`` (the base that it stands on, the last phase, class names, the head's modules), the tokenizer, and one of
+The folder has ``slora_dist.json`` (the base that it stands on, the task, the last phase, class names, the head's modules), the tokenizer, and one of
 
 - peft's ``adapter_config.json`` and ``adapter_model.safetensors`` (low-rank phases);
 - ``delta.safetensors``: ``NAME.values`` to be added to a parameter, at ``NAME.index`` where not all of it moved (sparse, dense, BitFit);
@@ -17,12 +17,11 @@ from peft import PeftModel
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from slora_dist.config import HoulsbyPhase, PfeifferPhase
 from slora_dist.errors import ConfigError
 from slora_dist.methods import insert_adapters
-from slora_dist.model import Classifier
+from slora_dist.model import KINDS, Classifier
 
 ABOUT, LORA, DELTA, BOTTLENECK = "slora_dist.json", "adapter_config.json", "delta.safetensors", "bottleneck.safetensors"
 
@@ -41,7 +40,7 @@ def load(folder: str | Path) -> nn.Module:
     else:
         about = _about(folder)
         phase = TypeAdapter[HoulsbyPhase | PfeifferPhase](HoulsbyPhase | PfeifferPhase).validate_python(about["phase"])
-        insert_adapters(phase, Classifier(net, tuple(about["head"]), None))
+        insert_adapters(phase, Classifier(net, tuple(about["head"]), None, about["task"]))
         _assign(net, load_file(folder / BOTTLENECK))
     return net.eval()
 
@@ -59,9 +58,8 @@ def base(folder: Path) -> Any:
     about = _about(folder)
     labels = {int(at): name for at, name in about["id2label"].items()}
     source = folder / "base" if (folder / "base").exists() else about["base"]
-    return AutoModelForSequenceClassification.from_pretrained(
-        source, id2label=labels, label2id={name: at for at, name in labels.items()}, use_safetensors=True
-    )
+    classes = {"id2label": labels, "label2id": {name: at for at, name in labels.items()}} if about["task"] == "classification" else {}
+    return KINDS[about["task"]].from_pretrained(source, use_safetensors=True, **classes)
 
 
 def _about(folder: Path) -> dict[str, Any]:

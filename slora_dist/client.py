@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slora_dist.config import ClientsConfig
-from slora_dist.data.tokens import Encoded, batches, order
+from slora_dist.data.tokens import Encoded, batches, order, predicted
 from slora_dist.seeding import derive
 from slora_dist.sparse import training
 from slora_dist.support import Support
@@ -20,7 +20,8 @@ from slora_dist.support import Support
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends: ``delta_N`` = its weights minus those it was given; ``loss`` is the mean over the documents it trained on."""
+    """What a client sends: ``delta_N`` = its weights minus those it was given; ``loss`` is the mean over the documents it trained on
+    (the answers' tokens, of a causal language model)."""
 
     delta_N: Tensor
     num_examples: int
@@ -59,7 +60,8 @@ def train(net: nn.Module, support: Support, start_N: Tensor, documents: Encoded,
             optimizer.step()
             optimizer.zero_grad()
             leaves.settle()
-            total, seen = total + loss.detach() * len(batch["labels"]), seen + len(batch["labels"])
+            count = predicted(batch["labels"])
+            total, seen = total + loss.detach() * count, seen + count
     return Update(support.read(net) - start_N, len(documents), total.item() / seen, time.perf_counter() - began)
 
 

@@ -1,23 +1,40 @@
-"""How good a model is on held-out documents: always float32, so that a plain load of the adapter gives the same figures."""
+"""How good a model is on held-out documents: always float32, so that a plain load of the adapter gives the same figures.
+
+Legend: K documents of a batch, T tokens of the longest, V words of the vocabulary.
+"""
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from slora_dist.data.tokens import Encoded, batches, by_length
+from slora_dist.data.tokens import IGNORED, Encoded, batches, by_length
 from slora_dist.linear import fast
 
-BATCH = 64  # documents in a step; it sets speed and memory only
+BATCH, ANSWERS = 64, 8  # documents in a step, without and with answers: these need a whole vocabulary of logits for every token
 
 
 @dataclass(frozen=True)
 class Score:
-    """Share of documents classified rightly, and the mean cross-entropy (nats a document)."""
+    """Share of documents classified rightly, and the mean cross-entropy (nats a document); of answers, both by token."""
 
     accuracy: float
     loss: float
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss): among how many tokens a causal language model wavers in the mean; infinite where it overflows."""
+    return float(torch.tensor(loss, dtype=torch.float64).exp())
+
+
+def figures(score: Score | None, task: str) -> dict[str, float | None]:
+    """Return what a record says of a score: accuracy and loss, and of a causal language model the perplexity."""
+    if score is None:
+        scores: dict[str, float | None] = {"accuracy": None, "loss": None}
+    else:
+        scores = {"accuracy": score.accuracy, "loss": score.loss}
+    return scores | ({"perplexity": None if score is None else perplexity(score.loss)} if task == "causal_lm" else {})
 
 
 @torch.no_grad()
@@ -25,11 +42,20 @@ def evaluate(net: nn.Module, documents: Encoded, pad: int) -> Score:
     """Return the score of ``net`` as it stands on ``documents``."""
     device = next(net.parameters()).device
     net.eval()
-    right, total = 0, 0.0
+    right, total, count = 0, 0.0, 0
     with fast(net):
-        for batch in batches(documents, BATCH, pad, by_length(documents)):
+        for batch in batches(documents, ANSWERS if documents.answers else BATCH, pad, by_length(documents)):
             labels = batch.pop("labels").to(device)
             logits = net(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+            if labels.dim() > 1:
+                logits, labels = _answers(logits, labels)
             right += int((logits.argmax(-1) == labels).sum())
             total += float(cross_entropy(logits, labels, reduction="sum"))
-    return Score(right / len(documents), total / len(documents))
+            count += len(labels)
+    return Score(right / count, total / count)
+
+
+def _answers(logits_KTV: Tensor, labels_KT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits before each token that is learned, and the tokens."""
+    learned_KT = labels_KT[:, 1:] != IGNORED
+    return logits_KTV[:, :-1][learned_KT], labels_KT[:, 1:][learned_KT]

@@ -25,6 +25,8 @@ from slora_dist.errors import ConfigError
 from slora_dist.model import Classifier, head_parameters
 from slora_dist.support import Support
 
+TASKS = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -52,7 +54,8 @@ def write(result: Result, folder: Path) -> None:
         net.save_pretrained(folder / "base")  # type: ignore[operator]
         source = str((folder / "base").resolve())
     result.tokenizer.save_pretrained(folder)
-    about = {"base": source, "phase": result.phase.model_dump(), "id2label": net.config.id2label, "head": result.classifier.head}  # type: ignore[union-attr]
+    about = {"task": result.classifier.task, "base": source, "phase": result.phase.model_dump(), "head": result.classifier.head}
+    about |= {"id2label": net.config.id2label}  # type: ignore[union-attr]
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if isinstance(result.phase, LowrankPhase):
         _write_lora(result.phase, result.classifier, delta, source, folder)
@@ -81,10 +84,10 @@ def export(adapter: Path, destination: Path, merge: bool) -> None:
 
 def _write_lora(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, Tensor], source: str, folder: Path) -> None:
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TASKS[classifier.task],
         base_model_name_or_path=source,
         inference_mode=True,
-        modules_to_save=list(classifier.head),
+        modules_to_save=list(classifier.head) or None,
         **methods.lora_settings(phase, classifier),
     )
     head = {name: classifier.net.get_parameter(name).detach().cpu() + delta[name] for name in head_parameters(classifier)}

@@ -1,4 +1,4 @@
-"""The classifier: where it comes from, which modules are its head, and which matrices LoRA may touch.
+"""The model: where it comes from, which modules are its head, and which matrices LoRA may touch.
 
 Legend: O/I out/in features of a matrix.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -21,21 +21,28 @@ from slora_dist.seeding import derive
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+KINDS = {"classification": AutoModelForSequenceClassification, "causal_lm": AutoModelForCausalLM}
+WORDS = {"classification": "sequence classifier", "causal_lm": "causal language model"}
+
 
 @dataclass(frozen=True)
 class Classifier:
-    """A sequence classifier: the network, the modules of its head, and whether plain transformers can load its base from ``source``."""
+    """A sequence classifier or causal language model.
+
+    It is the network, the modules of its head, and whether plain transformers can load its base from ``source``.
+    """
 
     net: nn.Module
     head: tuple[str, ...]
     source: str | None  # folder or hub name whose weights the backbone has bit for bit; None: the base has to be saved with the adapter
+    task: str = "classification"  # a key of KINDS
 
 
 def shell(config: ModelConfig, names: Sequence[str]) -> Classifier:
     """Return the classifier without storage (on the meta device): shapes only, for planning."""
     with torch.device("meta"):
         net = _from_config(_settings(config, names), config)
-    return Classifier(net, _head(net, config), None)
+    return Classifier(net, _head(net, config), None, config.task)
 
 
 def load(config: ModelConfig, names: Sequence[str], seed: int) -> Classifier:
@@ -50,7 +57,7 @@ def load(config: ModelConfig, names: Sequence[str], seed: int) -> Classifier:
             missing = set(info["missing_keys"])
     head = _head(net, config)
     complete = missing is not None and all(key.startswith(tuple(f"{module}." for module in head)) for key in missing)
-    return Classifier(net, head, resolve(config.name, "models") if complete and config.name else None)
+    return Classifier(net, head, resolve(config.name, "models") if complete and config.name else None, config.task)
 
 
 def tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
@@ -81,11 +88,20 @@ def fit(classifier: Classifier, words: PreTrainedTokenizerBase, max_length: int)
 
 
 def dense_layers(classifier: Classifier) -> dict[str, tuple[int, int]]:
-    """Return {module name: (O, I)} of every dense layer that is neither embedding nor head, in model order; a shared layer counts once."""
-    layers = {}
+    """Return {module name: (O, I)} of every dense layer that is neither embedding (of input or output) nor head, in model order.
+
+    A shared layer counts once.
+    """
+    layers, output = {}, classifier.net.get_output_embeddings()  # type: ignore[operator]
     for name, module in classifier.net.named_modules():
         name = name.removesuffix(".base_layer")
-        if isinstance(module, nn.Linear | Conv1D) and not _within(name, classifier.head) and "embedding" not in name and not is_added(name):
+        if (
+            isinstance(module, nn.Linear | Conv1D)
+            and not _within(name, classifier.head)
+            and "embedding" not in name
+            and module is not output
+            and not is_added(name)
+        ):
             layers[name] = (module.weight.shape[1], module.weight.shape[0]) if isinstance(module, Conv1D) else tuple(module.weight.shape)
     return layers
 
@@ -141,7 +157,13 @@ def head_parameters(classifier: Classifier) -> list[str]:
 
 
 def _settings(config: ModelConfig, names: Sequence[str]) -> Any:
-    labels = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+    labels: dict[str, Any] = {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: at for at, name in enumerate(names)},
+    }
+    if config.task == "causal_lm":
+        labels = {}
     folder = resolve(config.name, "models") if config.name else None
     try:
         if folder is None:
@@ -154,10 +176,10 @@ def _settings(config: ModelConfig, names: Sequence[str]) -> Any:
 
 def _from_config(settings: Any, config: ModelConfig) -> Any:
     try:
-        return AutoModelForSequenceClassification.from_config(settings, attn_implementation=config.attention, dtype=torch.float32)
+        return KINDS[config.task].from_config(settings, attn_implementation=config.attention, dtype=torch.float32)
     except ValueError as error:
         raise ConfigError(
-            "model.name" if config.name else "model.config", _first_line(error), "a model with a sequence classifier"
+            "model.name" if config.name else "model.config", _first_line(error), f"a model with a {WORDS[config.task]}"
         ) from None
 
 
@@ -165,7 +187,7 @@ def _read(config: ModelConfig, settings: Any) -> Any:
     assert config.name is not None
     folder = resolve(config.name, "models")
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        return KINDS[config.task].from_pretrained(
             folder,
             config=settings,
             dtype=torch.float32,
@@ -184,11 +206,15 @@ def _head(net: nn.Module, config: ModelConfig) -> tuple[str, ...]:
         name for name, child in net.named_children() if name != net.base_model_prefix and next(child.parameters(), None) is not None
     ]
     if config.head is None:
-        return tuple(children)
+        return () if config.task == "causal_lm" else tuple(children)
     modules = dict(net.named_modules())
     for name in config.head:
         if name not in modules or not name:
             raise ConfigError("model.head", f"no module is named {name!r}", ", ".join(children))
+        if not any(_within(parameter, [name]) for parameter, _ in net.named_parameters()):
+            raise ConfigError(
+                "model.head", f"{name!r} has no weights of its own: they are tied to others", "a module with weights, or none"
+            )
     return tuple(config.head)
 
 

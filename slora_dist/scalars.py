@@ -1,6 +1,7 @@
 """A run's figures as scalars by round, for the trackers that people already look at.
 
-Tags are ``train/loss``, ``test/accuracy``, ``test/loss``, ``payload/up``, ``payload/down`` (bytes of all clients in the round),
+Tags are ``train/loss``, ``test/accuracy``, ``test/loss``, ``test/perplexity`` (of causal language models),
+``payload/up``, ``payload/down`` (bytes of all clients in the round),
 ``payload/total`` (bytes since the start), ``seconds/<part>`` and ``network/<part>`` (virtual seconds). Trackers are not installed with
 slora_dist; the extra ``track`` names them. Each function takes the name of the run, its settings and a folder, and returns a ``Sink``.
 """
@@ -43,6 +44,7 @@ class Scalars:
 def scalars(record: Record) -> dict[str, float]:
     """Return the figures of a record by tag; what was not measured is left out."""
     named = {"train/loss": record["train_loss"], "test/accuracy": record["accuracy"], "test/loss": record["loss"]}
+    named["test/perplexity"] = record.get("perplexity")
     for prefix, parts in (("payload", "payload_bytes"), ("seconds", "seconds"), ("network", "network")):
         named |= {f"{prefix}/{part}": value for part, value in (record.get(parts) or {}).items()}
     return {tag: value for tag, value in named.items() if value is not None}

@@ -1,5 +1,6 @@
 """What a person sees: progress on a terminal (nothing on a pipe), and tables at the end."""
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -8,18 +9,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from slora_dist.evaluate import perplexity
 from slora_dist.runfolder import RunFolder
 
 
 class Progress:
-    """A line that follows the rounds: phase, loss, accuracy, bytes so far, time left."""
+    """A line that follows the rounds: phase, loss, accuracy or perplexity, bytes so far, time left."""
 
     def __init__(self, rounds: int, done: int) -> None:
         console = Console()
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")]
         self._bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True)
         self._task = self._bar.add_task("start", total=rounds, completed=done, figures="")
-        self._accuracy, self._bytes = "", 0
+        self._score, self._bytes = "", 0
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -32,8 +34,8 @@ class Progress:
         """Show the figures of a finished round."""
         self._bytes += sum(record["payload_bytes"].values())
         if record["accuracy"] is not None:
-            self._accuracy = f"accuracy {record['accuracy']:.1%}  "
-        figures = f"loss {record['train_loss']:.3f}  {self._accuracy}{size(self._bytes)}"
+            self._score = f"perplexity {record['perplexity']:.2f}  " if "perplexity" in record else f"accuracy {record['accuracy']:.1%}  "
+        figures = f"loss {record['train_loss']:.3f}  {self._score}{size(self._bytes)}"
         self._bar.update(self._task, advance=1, description=record["phase"], figures=figures)
 
 
@@ -52,6 +54,17 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
+def _score(summary: Mapping[str, Any]) -> str:
+    if "perplexity" in summary:
+        return f"test perplexity  {summary['perplexity']:.2f}; {summary['accuracy']:.2%} of the answers' tokens foretold"
+    return f"test accuracy  {summary['accuracy']:.2%}"
+
+
+def _at_switch(summary: Mapping[str, Any], when: str) -> str:
+    switch = summary["switch"]
+    return f"perplexity {perplexity(switch[f'loss_{when}']):.2f}" if "perplexity" in summary else f"{switch[f'accuracy_{when}']:.2%}"
+
+
 def finished(folder: RunFolder, summary: dict[str, Any]) -> None:
     """Print the result of a run and where its files are."""
     table = Table(title=f"{summary['rounds']} rounds on {summary['world_size']} rank(s)", title_justify="left")
@@ -63,10 +76,10 @@ def finished(folder: RunFolder, summary: dict[str, Any]) -> None:
         table.add_row(name, size(sums["up"]), size(sums["down"]), f"{(sums['up'] + sums['down']) / total:.2%}")
     console = _console()
     console.print(table)
-    console.print(f"test accuracy  {summary['accuracy']:.2%}", highlight=False)
+    console.print(_score(summary), highlight=False)
     if summary["switch"]:
         switch = summary["switch"]
-        text = f"at the switch  {switch['accuracy_before']:.2%} before, {switch['accuracy_after']:.2%} after"
+        text = f"at the switch  {_at_switch(summary, 'before')} before, {_at_switch(summary, 'after')} after"
         kept = switch["kept_energy_total"]
         console.print(text + (f"; the factors keep {kept:.1%} of the update's energy" if kept is not None else ""), highlight=False)
     print(f"adapter  {folder.adapter}")

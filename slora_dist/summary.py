@@ -19,9 +19,8 @@ def summarize(config: Config, folder: RunFolder, classifier: Classifier, switch:
     per_client = {
         name: {way: entry[way] / (rounds[name] * config.sampled) for way in ("up", "down")} for name, entry in payload["by_phase"].items()
     }
-    return {
-        "accuracy": metrics[-1]["accuracy"],
-        "loss": metrics[-1]["loss"],
+    scores = {name: metrics[-1][name] for name in ("accuracy", "loss", "perplexity") if name in metrics[-1]}
+    return scores | {
         "rounds": len(metrics),
         "world_size": world_size,
         "payload_bytes": payload,

@@ -75,7 +75,11 @@ class Config(Section):
                 self._rule_fits(phase)
         if self.comm.wire.indices != "implicit" and any(phase.kind == "sparse" and phase.chosen for phase in self.method.resolved()):
             raise ConfigError("comm.wire.indices", f"{self.comm.wire.indices} with a mask that all ranks know by then", "implicit")
-        if self.client_files and self.data.labels is None:
+        if self.data.answer is not None and self.model.task != "causal_lm":
+            raise ConfigError("data.answer", f"given with model.task {self.model.task}", "`model.task: causal_lm`, or no answer")
+        if self.data.template is not None and self.data.answer is None:
+            raise ConfigError("data.template", "given without an answer", "the column of answers in `data.answer`, or no template")
+        if self.client_files and self.data.labels is None and self.model.task == "classification":
             raise ConfigError("data.labels", "missing", "the number of classes or their names, when each client has its own file")
         if self.client_files and self.data.test_path is None:
             raise ConfigError("data.test_path", "missing", "a held-out file, when each client has its own file")

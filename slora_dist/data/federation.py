@@ -7,6 +7,7 @@ from typing import Any
 
 from slora_dist.config import Config
 from slora_dist.data import source
+from slora_dist.data.instructions import Instructions
 from slora_dist.data.partition import split
 from slora_dist.data.source import Documents
 from slora_dist.data.tokens import Encoded, encode, word_tokenizer
@@ -16,7 +17,9 @@ MOST_WORDS = 8192  # of a word tokenizer, when the model does not say how many t
 
 
 def class_names(config: Config) -> list[str]:
-    """Return the names of the classes; reads the source only when ``data.labels`` does not give them."""
+    """Return the names of the classes; reads the source only when ``data.labels`` does not give them. Causal models have none."""
+    if config.model.task == "causal_lm":
+        return source.UNLABELLED
     if config.data.labels is not None:
         return source.class_names(config.data.labels)
     return source.load_train(config.data, config.run.seed)[1]
@@ -27,12 +30,13 @@ class Federation:
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self._config, self._encoded = config, dict[int, Encoded]()
+        self._read = Instructions(config.data, tokenizer).read if config.model.task == "causal_lm" else None
         self._source: Documents | None = None
         self.sizes: list[int] | None = None  # documents of each client, where every rank can know them
         if config.client_files:
             self.names = class_names(config)
         else:
-            self._source, self.names = source.load_train(config.data, config.run.seed)
+            self._source, self.names = source.load_train(config.data, config.run.seed, self._read)
             self._parts = split(self._source, config.data, config.clients.count, config.run.seed)
             self.sizes = [len(part) for part in self._parts]
         self.tokenizer = tokenizer or self._words()
@@ -51,17 +55,16 @@ class Federation:
 
     def test(self) -> Encoded:
         """Return the held-out documents."""
-        documents = source.load_test(self._config.data, self.names, self._config.run.seed)
+        documents = source.load_test(self._config.data, self.names, self._config.run.seed, self._read)
         return encode(documents, self.tokenizer, self._config.data.max_length)
 
     def _documents(self, client: int) -> Documents:
         if self._source is None:
-            documents = source.load_client(self._config.data, client, self.names)
+            documents = source.load_client(self._config.data, client, self.names, self._read)
             if not documents.texts:
                 raise ConfigError("data.path", f"the file of client {client} holds no documents", "one document or more for every client")
             return documents
-        part, every = self._parts[client], self._source
-        return Documents([every.texts[at] for at in part], [every.labels[at] for at in part], None)
+        return self._source.take(self._parts[client].tolist())
 
     def _words(self) -> Any:
         if self._source is None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from slora_dist.config import Config
 from slora_dist.data import source
 from slora_dist.data.federation import class_names
+from slora_dist.data.instructions import unread
 from slora_dist.data.partition import split
 
 
@@ -52,10 +53,11 @@ def overview(config: Config) -> Overview:
 
 def _labels(config: Config) -> tuple[list[str], list[list[int]]]:
     """Return the names of the classes, and the label of every document of every client."""
+    read = unread if config.model.task == "causal_lm" else None
     if config.client_files:
         names = class_names(config)
-        return names, [source.load_client(config.data, client, names).labels for client in range(config.clients.count)]
-    documents, names = source.load_train(config.data, config.run.seed)
+        return names, [source.load_client(config.data, client, names, read).labels for client in range(config.clients.count)]
+    documents, names = source.load_train(config.data, config.run.seed, read)
     parts = split(documents, config.data, config.clients.count, config.run.seed)
     return names, [[documents.labels[at] for at in part] for part in parts]
 

@@ -5,14 +5,16 @@ The columns are checked as a whole before a limit is drawn, so that what a run a
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slora_dist.config import DataConfig
 from slora_dist.data.fetch import resolve
+from slora_dist.data.instructions import Reader, Span, Written
 from slora_dist.data.permutation import subset
-from slora_dist.data.toy import toy
+from slora_dist.data.table import Table, filled, texts
+from slora_dist.data.toy import MADE
 from slora_dist.errors import ConfigError
 from slora_dist.seeding import derive
 
@@ -25,16 +27,23 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
-FORMATS = f"a {', '.join(READERS)} file, a `datasets` folder, a folder with train and test files, a hub name, or `toy`"
+FORMATS = f"a {', '.join(READERS)} file, a `datasets` folder, a folder with train and test files, a hub name, or one of {', '.join(MADE)}"
+BY_LABEL = ("dirichlet", "pathological")  # splits that ask for the labels of documents
+UNLABELLED = ["document"]  # the one class of documents whose labels nobody asks for
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts with the index of their class, and the name of the client each belongs to, if that is known."""
+    """Texts with the index of their class, and the name of the client each belongs to, if that is known.
+
+    Those of a causal language model have ``answers``, the spans that are learned, and may have their special tokens in them already.
+    """
 
     texts: list[str]
     labels: list[int]
     clients: list[str] | None = None
+    answers: list[list[Span]] | None = None
+    complete: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.texts) == len(self.labels) and (self.clients is None or len(self.clients) == len(self.texts))
@@ -42,18 +51,10 @@ class Documents:
     def __len__(self) -> int:
         return len(self.texts)
 
-
-@dataclass(frozen=True)
-class Table:
-    """One split of a source: its rows, the ``name`` that a user knows it by, and the ``setting`` that named it."""
-
-    rows: Any
-    name: str
-    setting: str
-
-    def __post_init__(self) -> None:
-        if len(self.rows) == 0:
-            raise ConfigError(self.setting, f"{self.name} holds no documents", "at least one")
+    def take(self, part: Sequence[int]) -> "Documents":
+        """Return the documents at the places ``part``, without the names of clients."""
+        answers = None if self.answers is None else [self.answers[at] for at in part]
+        return Documents([self.texts[at] for at in part], [self.labels[at] for at in part], None, answers, self.complete)
 
 
 def class_names(labels: int | list[str]) -> list[str]:
@@ -64,23 +65,29 @@ def class_names(labels: int | list[str]) -> list[str]:
     return names
 
 
-def load_train(config: DataConfig, seed: int) -> tuple[Documents, list[str]]:
-    """Read the training split of one source; return its documents and the class names in order. Raises ``ConfigError``."""
+def load_train(config: DataConfig, seed: int, read: Reader | None = None) -> tuple[Documents, list[str]]:
+    """Read the training split of one source; return its documents and the class names in order. Raises ``ConfigError``.
+
+    ``read`` makes documents of a causal language model of it: their labels count where the split is by label, and nowhere else.
+    """
     table = _train(config.path, config)
+    if read and config.partition not in BY_LABEL:
+        return _documents(table, config, None, read, config.client_column, config.limit, derive(seed, "limit")), UNLABELLED
     if isinstance(config.labels, int) and _named(table, config):
         raise ConfigError("data.labels", f"{table.name} names its classes", "the list of names, in order")
     names = _found_names(table, config) if config.labels is None else class_names(config.labels)
-    return _documents(table, config, names, config.client_column, config.limit, derive(seed, "limit")), names
+    return _documents(table, config, names, read, config.client_column, config.limit, derive(seed, "limit")), names
 
 
-def load_test(config: DataConfig, names: list[str], seed: int) -> Documents:
+def load_test(config: DataConfig, names: list[str], seed: int, read: Reader | None = None) -> Documents:
     """Read the held-out documents; ``names`` are the classes, as ``load_train`` returned them. Raises ``ConfigError``."""
-    return _documents(_test(config), config, names, None, config.test_limit, derive(seed, "test_limit"))
+    return _documents(_test(config), config, None if read else names, read, None, config.test_limit, derive(seed, "test_limit"))
 
 
-def load_client(config: DataConfig, client: int, names: list[str]) -> Documents:
+def load_client(config: DataConfig, client: int, names: list[str], read: Reader | None = None) -> Documents:
     """Read the file of one client, and no other. Raises ``ConfigError``."""
-    return _documents(_train(config.path.replace("{client}", str(client)), config), config, names, None, None, 0)
+    table = _train(config.path.replace("{client}", str(client)), config)
+    return _documents(table, config, None if read else names, read, None, None, 0)
 
 
 def _train(path: str, config: DataConfig) -> Table:
@@ -118,8 +125,8 @@ def _open(path: str, setting: str) -> Any:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors comes back as exceptions, and these are told
     path = resolve(path, "data")
-    if path == "toy":
-        return {split: datasets.Dataset.from_dict(columns) for split, columns in toy().items()}
+    if path in MADE:
+        return {split: datasets.Dataset.from_dict(columns) for split, columns in MADE[path]().items()}
     place = Path(path)
     if place.is_dir():
         return _folder(place, setting)
@@ -177,36 +184,21 @@ def _cause(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _documents(table: Table, config: DataConfig, names: list[str], client_column: str | None, limit: int | None, seed: int) -> Documents:
-    texts = _texts(table, config.text)
-    labels = _labels(table, config, names)
-    clients = [str(client) for client in _filled(table, "data.client_column", client_column)] if client_column else None
-    kept = subset(len(texts), limit, seed).tolist()
-    return Documents([texts[at] for at in kept], [labels[at] for at in kept], [clients[at] for at in kept] if clients else None)
-
-
-def _filled(table: Table, setting: str, column: str) -> list[Any]:
-    """Return the values of ``column``, none of which may be missing."""
-    _check_column(table, setting, column)
-    values: list[Any] = table.rows[column][:]
-    if None in values:
-        raise ConfigError(setting, f"{column!r} is missing in row {values.index(None) + 1} of {table.name}", "a value in every row")
-    return values
-
-
-def _check_column(table: Table, setting: str, column: str) -> None:
-    if column not in table.rows.column_names:
-        raise ConfigError(setting, f"no column {column!r} in {table.name}", f"one of {', '.join(table.rows.column_names)}")
-
-
-def _texts(table: Table, column: str) -> list[str]:
-    texts = _filled(table, "data.text", column)
-    for row, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise ConfigError("data.text", f"{column!r} of {table.name} holds {type(text).__name__}", "a column of text")
-        if not text.strip():
-            raise ConfigError("data.text", f"the document in row {row} of {table.name} is empty", "a text in every row")
-    return texts
+def _documents(
+    table: Table,
+    config: DataConfig,
+    names: Sequence[str] | None,
+    read: Reader | None,
+    client_column: str | None,
+    limit: int | None,
+    seed: int,
+) -> Documents:
+    written = read(table) if read else Written(texts(table, "data.text", config.text), None, False)
+    labels = [0] * len(table.rows) if names is None else _labels(table, config, names)
+    clients = [str(client) for client in filled(table, "data.client_column", client_column)] if client_column else None
+    kept = subset(len(labels), limit, seed).tolist()
+    chosen = Documents(written.texts, labels, None, written.answers, written.complete).take(kept)
+    return replace(chosen, clients=[clients[at] for at in kept] if clients else None)
 
 
 def _named(table: Table, config: DataConfig) -> bool:
@@ -215,7 +207,7 @@ def _named(table: Table, config: DataConfig) -> bool:
 
 def _raw_labels(table: Table, config: DataConfig) -> list[Any]:
     """Return the labels as they stand, integers or names; the integers of a ``ClassLabel`` as its names, unless integers are asked for."""
-    labels = _filled(table, "data.label", config.label)
+    labels = filled(table, "data.label", config.label)
     own = getattr(table.rows.features[config.label], "names", None)
     if own is None or isinstance(config.labels, int):
         return labels

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from slora_dist.errors import ConfigError
 from slora_dist.report import figures, gantt, tables
-from slora_dist.report.blocks import Section, Table, duration, nbytes, percent
+from slora_dist.report.blocks import NONE, Section, Table, duration, nbytes, percent
 from slora_dist.report.curves import points
 from slora_dist.report.predicted import measured, predicted
 from slora_dist.report.read import Group, Run, group, load
@@ -114,6 +114,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     end = points(run)[-1] if run.rounds else None
     share = tables.share_of_full(run)
     return [
+        *([("test perplexity", perplexity)] if (perplexity := tables.perplexity(run)) != NONE else []),
         ("test accuracy", percent(tables.accuracy(run))),
         ("payload of one client", nbytes(end.client if end else None)),
         ("of full fine-tuning", percent(share, 2)),

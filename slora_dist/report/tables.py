@@ -33,20 +33,27 @@ def accuracy(run: Run) -> float | None:
     return found[-1].accuracy if found else None
 
 
+def perplexity(run: Run) -> str:
+    """Return the last perplexity that was measured, or a dash: only causal language models have one."""
+    found = [line["perplexity"] for line in run.rounds if line.get("perplexity") is not None]
+    return f"{found[-1]:.2f}" if found else NONE
+
+
 def runs(groups: Sequence[Group]) -> Table:
     """One line for each run."""
     columns = [
-        "run", "split", "seed", "accuracy", "one client", "all clients", "of full fine-tuning", "time", "network time", "rounds", "clients",
-        "ranks", "transport", "folder",
+        "run", "split", "seed", "perplexity", "accuracy", "one client", "all clients", "of full fine-tuning", "time", "network time",
+        "rounds", "clients", "ranks", "transport", "folder",
     ]  # fmt: skip
     rows = [_run_row(group, run) for group in groups for run in group.runs]
-    network = columns.index("network time")
-    if all(row[network] == NONE for row in rows):
-        for row in (columns, *rows):
-            del row[network]
+    for column in ("network time", "perplexity"):
+        at = columns.index(column)
+        if all(row[at] == NONE for row in rows):
+            for row in (columns, *rows):
+                del row[at]
     source = (
-        "config.json: settings, world; metrics.jsonl: accuracy (the last one measured), payload_bytes (all clients, up and down), "
-        "seconds.total - seconds.evaluate (time); ledger.jsonl: payload_bytes / clients (one client that takes part in every round); "
+        "config.json: settings, world; metrics.jsonl: perplexity and accuracy (the last measured), payload_bytes "
+        "(all clients, up and down), seconds.total - seconds.evaluate (time); ledger.jsonl: payload_bytes / clients (one client that takes part in every round); "
         "summary.json: full_finetuning_payload_bytes."
     )
     return Table("Runs", columns, rows, source, left=2)
@@ -59,8 +66,9 @@ def _run_row(group: Group, run: Run) -> list[str]:
     costs = [amount(axis, getattr(end, axis) if end else None) for axis in ("client", "payload")]
     times = [duration(getattr(end, axis) if end else None) for axis in ("seconds", "network")]
     return [
-        group.name, group.panel or split(config), str(config.run.seed), percent(accuracy(run)), *costs, percent(share_of_full(run), 2),
-        *times, done, f"{config.sampled} of {clients.count}", str(run.world["size"]), str(run.world["transport"]), folder(run.path),
+        group.name, group.panel or split(config), str(config.run.seed), perplexity(run), percent(accuracy(run)), *costs,
+        percent(share_of_full(run), 2), *times, done,
+        f"{config.sampled} of {clients.count}", str(run.world["size"]), str(run.world["transport"]), folder(run.path),
     ]  # fmt: skip
 
 

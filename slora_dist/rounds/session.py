@@ -17,6 +17,7 @@ from slora_dist.aggregate.rules import Fold
 from slora_dist.agreement import gather_bytes, tell
 from slora_dist.client import Recipe, train
 from slora_dist.clock import synchronize
+from slora_dist.evaluate import figures
 from slora_dist.export import Result
 from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
@@ -188,8 +189,7 @@ class Session:
         }
         return {
             "train_loss": sum(header.loss * header.num_examples for header in headers) / examples,
-            "accuracy": score.accuracy if score else None,
-            "loss": score.loss if score else None,
+            **figures(score, self.config.model.task),
             "clients": [header.client for header in headers],
             "num_examples": examples,
             "seconds": seconds,

@@ -93,4 +93,5 @@ def _last_words(text: str) -> str:
 
 def _result(cell: Cell, out: Path) -> str:
     summary = RunFolder(out / cell.name).summary()
-    return f"accuracy {summary['accuracy']:.2%} in {summary['seconds']['total']:.0f} s"
+    score = f"perplexity {summary['perplexity']:.2f}" if "perplexity" in summary else f"accuracy {summary['accuracy']:.2%}"
+    return f"{score} in {summary['seconds']['total']:.0f} s"

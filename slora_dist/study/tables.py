@@ -163,6 +163,7 @@ def figures(row: Row, fft: Row | None, targets: Sequence[float]) -> dict[str, An
         "accuracy": statistics.fmean(scores),
         "accuracy_std": statistics.stdev(scores) if len(scores) > 1 else None,
         "accuracy_best": statistics.fmean(sorted(scores)[-BEST[0] :]) if len(scores) >= BEST[1] else None,
+        **_perplexity([run.summary for run in row.runs]),
         "rounds": [sum(line["phase"] == phase for line in row.runs[0].metrics) for phase in row.runs[0].phases],
         "gbit": 8 * last.bytes / 2**30,
         "mbyte": last.bytes / 1e6,
@@ -182,6 +183,12 @@ def figures(row: Row, fft: Row | None, targets: Sequence[float]) -> dict[str, An
         for at, rate in enumerate(row.mbit):
             result[f"minutes_{rate:g}_mbit_to_{target:g}"] = point.minutes[at] if point else None
     return result
+
+
+def _perplexity(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean perplexity of causal language models, nothing of classifiers."""
+    found = [summary["perplexity"] for summary in summaries if "perplexity" in summary]
+    return {"perplexity": statistics.fmean(found)} if found else {}
 
 
 def write(study: Study, out: Path, found: Sequence[Row]) -> None:
@@ -224,15 +231,26 @@ def markdown(study: Study, by_row: Sequence[tuple[Row, Mapping[str, Any]]]) -> s
 
 def _costs(study: Study, alike: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     best = any(line["accuracy_best"] is not None for _, line in alike)
-    head = ["method", "seeds", "trainable", "rounds", "accuracy", *(["best 3 of 5"] if best else []), "at the switch"]
+    causal = any("perplexity" in line for _, line in alike)
+    head = [
+        "method",
+        "seeds",
+        "trainable",
+        "rounds",
+        *(["perplexity"] if causal else []),
+        "accuracy",
+        *(["best 3 of 5"] if best else []),
+        "at the switch",
+    ]
     head += ["Gbit", "MB", "of FFT"]
     head += [column for rate in study.mbit for column in (f"min at {rate:g}", "of FFT")] + ["s/round"]
-    return _table(head, [_cost(study, method, line, best) for method, line in alike])
+    return _table(head, [_cost(study, method, line, best, causal) for method, line in alike])
 
 
-def _cost(study: Study, method: str, line: Mapping[str, Any], best: bool) -> list[str]:
+def _cost(study: Study, method: str, line: Mapping[str, Any], best: bool, causal: bool) -> list[str]:
     spread = f" +- {100 * line['accuracy_std']:.2f}" if line["accuracy_std"] is not None else ""
     cells = [method, str(line["seeds"]), _then(f"{count:,}" for count in line["trainable"]), _then(map(str, line["rounds"]))]
+    cells += [_number(line.get("perplexity"))] if causal else []
     cells += [_percent(line["accuracy"]) + spread] + ([_percent(line["accuracy_best"])] if best else [])
     switched = line["before_switch"] is not None
     cells += [f"{_percent(line['before_switch'])} to {_percent(line['after_switch'])}" if switched else "-"]

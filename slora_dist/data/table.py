@@ -1,0 +1,45 @@
+"""The rows of a source, and its columns as they are asked for: what is missing or empty is named by table, row and setting."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from slora_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split of a source: its rows, the ``name`` that a user knows it by, and the ``setting`` that named it."""
+
+    rows: Any
+    name: str
+    setting: str
+
+    def __post_init__(self) -> None:
+        if len(self.rows) == 0:
+            raise ConfigError(self.setting, f"{self.name} holds no documents", "at least one")
+
+
+def filled(table: Table, setting: str, column: str) -> list[Any]:
+    """Return the values of ``column``, none of which may be missing. ``setting`` names the column. Raises ``ConfigError``."""
+    check_column(table, setting, column)
+    values: list[Any] = table.rows[column][:]
+    if None in values:
+        raise ConfigError(setting, f"{column!r} is missing in row {values.index(None) + 1} of {table.name}", "a value in every row")
+    return values
+
+
+def check_column(table: Table, setting: str, column: str) -> None:
+    """Raise ``ConfigError`` when there is no such column."""
+    if column not in table.rows.column_names:
+        raise ConfigError(setting, f"no column {column!r} in {table.name}", f"one of {', '.join(table.rows.column_names)}")
+
+
+def texts(table: Table, setting: str, column: str) -> list[str]:
+    """Return the texts of ``column``, none of which may be empty. Raises ``ConfigError``."""
+    found = filled(table, setting, column)
+    for row, text in enumerate(found, start=1):
+        if not isinstance(text, str):
+            raise ConfigError(setting, f"{column!r} of {table.name} holds {type(text).__name__}", "a column of text")
+        if not text.strip():
+            raise ConfigError(setting, f"the document in row {row} of {table.name} is empty", "a text in every row")
+    return found
