@@ -1,6 +1,7 @@
 """What a run leaves in ``RUN/adapter``, loaded again: LoRA factors by peft, deltas and bottleneck adapters here.
 
-The folder has ``slora_dist.json`` (the base that it stands on, the task, the last phase, class names, the head's modules), the tokenizer, and one of
+The folder has ``slora_dist.json`` (task, the base that it stands on, the last phase, class names, the head's modules), the tokenizer, and
+one of
 
 - peft's ``adapter_config.json`` and ``adapter_model.safetensors`` (low-rank phases);
 - ``delta.safetensors``: ``NAME.values`` to be added to a parameter, at ``NAME.index`` where not all of it moved (sparse, dense, BitFit);

@@ -54,8 +54,13 @@ def write(result: Result, folder: Path) -> None:
         net.save_pretrained(folder / "base")  # type: ignore[operator]
         source = str((folder / "base").resolve())
     result.tokenizer.save_pretrained(folder)
-    about = {"task": result.classifier.task, "base": source, "phase": result.phase.model_dump(), "head": result.classifier.head}
-    about |= {"id2label": net.config.id2label}  # type: ignore[union-attr]
+    about: dict[str, Any] = {
+        "task": result.classifier.task,
+        "base": source,
+        "phase": result.phase.model_dump(),
+        "head": result.classifier.head,
+    }
+    about["id2label"] = net.config.id2label  # type: ignore[union-attr]
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if isinstance(result.phase, LowrankPhase):
         _write_lora(result.phase, result.classifier, delta, source, folder)

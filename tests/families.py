@@ -1,4 +1,4 @@
-"""Six families of classifiers, tiny and with random weights."""
+"""Families of classifiers and of causal language models, tiny and with random weights."""
 
 from typing import Any
 
@@ -24,10 +24,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "llama": SIZES | {"model_type": "llama", "max_position_embeddings": 32, "pad_token_id": 0},
 }  # fmt: skip
+CAUSAL: dict[str, dict[str, Any]] = {
+    "gpt2": FAMILIES["gpt2"] | {"bos_token_id": 2, "eos_token_id": 3, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": SIZES | {"model_type": "llama", "max_position_embeddings": 32, "num_key_value_heads": 1},
+    "llama, tied": SIZES | {"model_type": "llama", "max_position_embeddings": 32, "tie_word_embeddings": True},
+}
 
 
 def build(family: str, *, seed: int = 0, head: list[str] | None = None) -> Classifier:
     return model.load(ModelConfig(config=FAMILIES[family], head=head), NAMES, seed)
+
+
+def build_causal(family: str, *, head: list[str] | None = None) -> Classifier:
+    return model.load(ModelConfig(task="causal_lm", config=CAUSAL[family], head=head), (), 0)
 
 
 def documents(count: int = 6, length: int = 7) -> dict[str, torch.Tensor]:

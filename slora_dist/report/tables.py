@@ -53,8 +53,8 @@ def runs(groups: Sequence[Group]) -> Table:
                 del row[at]
     source = (
         "config.json: settings, world; metrics.jsonl: perplexity and accuracy (the last measured), payload_bytes "
-        "(all clients, up and down), seconds.total - seconds.evaluate (time); ledger.jsonl: payload_bytes / clients (one client that takes part in every round); "
-        "summary.json: full_finetuning_payload_bytes."
+        "(all clients, up and down), seconds.total - seconds.evaluate (time); ledger.jsonl: payload_bytes / clients (one client that takes "
+        "part in every round); summary.json: full_finetuning_payload_bytes."
     )
     return Table("Runs", columns, rows, source, left=2)
 
