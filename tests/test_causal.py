@@ -88,7 +88,7 @@ def test_a_masked_gradient_is_the_dense_one_at_the_kept_entries(family: str, den
     dense = {name: parameter.grad for name, parameter in net.named_parameters()}
     net.zero_grad(set_to_none=True)
     coordinates = methods.support(SparsePhase(density=density), classifier, MethodConfig(), 0)
-    methods.enter(SparsePhase(density=density), classifier, coordinates)
+    methods.enter(SparsePhase(density=density), classifier, coordinates, 0)
     with training(net, coordinates) as leaves:
         net(**batch).loss.backward()
         for slot, leaf_n in zip(coordinates.slots, leaves.tensors, strict=True):
