@@ -42,7 +42,6 @@ class Admitted:
     ``session`` is a key of this start of this job; without a secret it protects nothing.
     """
 
-    comm: Communicator
     ledger: Ledger
     session: bytes
 
@@ -68,13 +67,15 @@ def admit(comm: Communicator, config: Config, environ: Mapping[str, str]) -> Adm
         verdict_B = as_bytes(_verdict(secret, challenge, [bytes(frame) for frame in frames], mine))
     metered.broadcast(verdict_B, _label("verdict", verdict_B.numel()), clients=1)
     session = _accept(_raw(verdict_B), secret, challenge, comm.rank, nonce, problem)
-    return Admitted(comm, metered.ledger, session)
+    return Admitted(metered.ledger, session)
 
 
 def _own(config: Config, environ: Mapping[str, str]) -> tuple[bytes, Problem | None]:
     """Return this rank's secret (empty: none) and why it cannot be used, which it tells together with all others."""
     try:
         secret = secrecy.find(environ)
+        if secret is None and config.comm.encrypt:
+            raise ConfigError("comm.encrypt", "true, and this rank finds no secret to make a key of", f"{GIVEN}; or comm.encrypt=false")
         if secret is None and config.comm.secret == "required":
             raise ConfigError("comm.secret", "required, and this rank finds none", f"{GIVEN}; or comm.secret=auto")
     except ConfigError as error:

@@ -76,7 +76,7 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
         admitted = admit(communicator, config, os.environ)
         from slora_dist.job import Job
 
-        job = Job(config, admitted.comm, out, place, where, admitted.ledger)
+        job = Job(config, communicator, out, place, where, admitted)
         job.run(resume=options.resume is not None, stop_after=options.stop_after, track=options.track)
     except ConfigError:
         with suppress(RunError):  # whoever was refused may have gone at once

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from slora_dist import export, methods, model, show
+from slora_dist.admission import Admitted
 from slora_dist.agreement import agree
 from slora_dist.comm.base import Communicator
 from slora_dist.comm.metered import Metered
+from slora_dist.comm.sealed import Sealed
 from slora_dist.comm.shaped import Shaped
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
@@ -36,12 +38,16 @@ class Job:
         out: Path,
         device: torch.device,
         where: Where | None = None,
-        ledger: Ledger | None = None,
+        admitted: Admitted | None = None,
     ) -> None:
+        """``admitted`` is what the ranks have proved to each other; ``comm.encrypt`` needs it for its key."""
+        ledger = admitted.ledger if admitted else Ledger(comm.rank)
+        self.sealed = Sealed(comm, _session(admitted)) if config.comm.encrypt and comm.size > 1 else None
         self.where = where or Where()
         self.config, self.folder, self.device = config, RunFolder(out), device
-        self.shaped = Shaped(comm, config.network.routing, config.network.server_mbit or inf) if config.network.mode == "sleep" else None
-        self.comm = Metered(self.shaped or comm, ledger or Ledger(comm.rank))
+        sleeps, limit = config.network.mode == "sleep", config.network.server_mbit or inf
+        self.shaped = Shaped(self.sealed or comm, config.network.routing, limit) if sleeps else None
+        self.comm = Metered(self.shaped or self.sealed or comm, ledger, self.sealed.carried if self.sealed else int)
         self.checkpoint: Checkpoint | None = None
         self.tracker: Scalars | None = None
 
@@ -112,6 +118,11 @@ class Job:
         self.folder.write_summary(summary)
         self.folder.write_parquet()
         show.finished(self.folder, summary)
+
+
+def _session(admitted: Admitted | None) -> bytes:
+    assert admitted, "comm.encrypt without an admission: nothing to make a key of"
+    return admitted.session
 
 
 def _at_home(config: Config, rank: int, size: int) -> Sequence[int]:

@@ -22,9 +22,10 @@ from slora_dist.comm.alone import Alone
 from slora_dist.comm.base import Chunk, Communicator
 from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.errors import ConfigError
+from slora_dist.runfolder import RunFolder
 from slora_dist.secret import proof
 from tests.ranks import run_ranks
-from tests.tiny import ROOT, TINY, tiny
+from tests.tiny import ROOT, TINY, run, tensors, tiny
 
 SECRET = "correct horse battery staple"
 HELD = {"SLORA_DIST_SECRET": SECRET}
@@ -215,12 +216,16 @@ def test_the_launched_job_ends_with_the_line_that_says_why(kind: str, launcher: 
 
 @pytest.mark.launcher
 def test_a_launched_job_that_holds_together_is_played_and_audited(tmp_path: Path) -> None:
-    short = ["method.sparse.rounds=1", "method.lowrank.rounds=1", "clients.epochs=1", "data.limit=60", "comm.secret=required"]
-    ended = launched("torchrun", "nobody", "1", "train", str(TINY), *short, "--out", str(tmp_path / "run"))
+    short = ["method.sparse.rounds=1", "method.lowrank.rounds=1", "clients.epochs=1", "data.limit=60"]
+    asked = [*short, "comm.secret=required", "comm.encrypt=true"]
+    ended = launched("torchrun", "nobody", "1", "train", str(TINY), *asked, "--out", str(tmp_path / "run"))
     assert ended.returncode == 0, ended.stderr[-3000:]
     audited = subprocess.run([sys.executable, "-m", "slora_dist", "audit", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
     assert audited.returncode == 0, audited.stdout
+    assert tensors(RunFolder(tmp_path / "run")) == tensors(run(tmp_path / "alone", *short)), "sealing changes no bit of the result"
     lines = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     assert {line["kind"] for line in lines if line["phase"] == "start" and line["rank"] == 1} >= {"challenge", "answer", "verdict"}
+    down = [line for line in lines if line["direction"] == "down" and line["rank"] == 1]
+    assert down and all(line["transport_bytes"] * line["clients"] == line["payload_bytes"] + 64 * line["clients"] for line in down)
     written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert not any(SECRET.encode() in content for content in written)

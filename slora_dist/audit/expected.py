@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from slora_dist.comm.base import BUCKET
+from slora_dist.comm.sealed import OVERHEAD, carried
 from slora_dist.config import Config, LowrankPhase
 from slora_dist.exchange import Exchange
 from slora_dist.ledger import Row
@@ -64,6 +66,7 @@ class Protocol:
 
     def __init__(self, config: Config, plan: Mapping[str, Any], messages: Mapping[str, Exchange], sizes: Sequence[int] | None) -> None:
         self.config, self.plan, self.sizes = config, plan, sizes
+        self.carried: Callable[[int], int] = partial(carried, payload=BUCKET - OVERHEAD) if config.comm.encrypt else int
         self.phases: list[Row] = []
         first = 1
         for phase, settings in zip(plan["phases"], config.method.resolved(), strict=True):
@@ -96,7 +99,7 @@ class Protocol:
 
     def lines(self, life: Life, collective: Callable[[str], str]) -> Iterator[Want]:
         """Yield the lines of a life from its first round on. ``collective(phase)`` is how its updates were uploaded."""
-        ranks = _Ranks(life.size)
+        ranks = _Ranks(life.size, self.carried)
         yield from self._start(life, ranks)
         for number in range(life.first, life.last + 1):
             phase = self.phase(number)
@@ -169,13 +172,14 @@ class _Ranks:
     """The lines of one collective on all ranks."""
 
     size: int
+    carried: Callable[[int], int]  # bytes that travel for a message of so many
 
     def broadcast(
         self, number: int, phase: str, direction: str, by_kind: Mapping[str, int | None], clients: Sequence[int]
     ) -> Iterator[Want]:
         nbytes = sum(count or 0 for count in by_kind.values())
         for rank in range(self.size):
-            yield Want(number, rank, phase, "broadcast", direction, by_kind, clients[rank], nbytes if self.size > 1 else 0)
+            yield Want(number, rank, phase, "broadcast", direction, by_kind, clients[rank], self.carried(nbytes) if self.size > 1 else 0)
 
     def reduce(
         self, number: int, phase: str, direction: str, by_kind: Mapping[str, int | None], clients: Sequence[int], nbytes: int
@@ -196,7 +200,7 @@ class _Ranks:
     ) -> Iterator[Want]:
         for rank in range(self.size):
             moved = clients[rank] if rank else sum(clients[1:])
-            transport = FREE if nbytes is FREE else moved * nbytes
+            transport = FREE if nbytes is FREE else moved * self.carried(nbytes) if nbytes else 0
             yield Want(
                 number, rank, phase, "gather", direction, by_kind, clients[rank], transport, needed, HEADER_BYTES * clients[rank] * header
             )

@@ -55,7 +55,7 @@ def protocol(run: Run) -> Iterator[str]:
     for line in run.ledger:
         lines[key(line)].append(line)
     for which in sorted(wants.keys() | {which for which in lines if which[0]}):
-        yield from _compare(which, lines.get(which, []), wants.get(which, []))
+        yield from _compare(run, which, lines.get(which, []), wants.get(which, []))
     yield from _starts(run, {which: found for which, found in lines.items() if not which[0]})
 
 
@@ -72,7 +72,7 @@ def _chosen(run: Run, life: Life) -> Callable[[str], str]:
     return collective
 
 
-def _compare(which: Key, lines: Sequence[Row], wants: Sequence[Want]) -> Iterator[str]:
+def _compare(run: Run, which: Key, lines: Sequence[Row], wants: Sequence[Want]) -> Iterator[str]:
     needed = sum(want.needed for want in wants)
     if not needed <= len(lines) <= len(wants):
         yield _count(which, len(lines), len(wants))
@@ -80,8 +80,9 @@ def _compare(which: Key, lines: Sequence[Row], wants: Sequence[Want]) -> Iterato
     for line, want in zip(lines, wants, strict=False):
         by_kind = {kind: count if count is None else count * want.clients for kind, count in want.by_kind.items()}
         payload = line["payload_bytes"] if None in by_kind.values() else sum(count or 0 for count in by_kind.values())
-        free = want.transport is None and want.rank  # a size of the run's own is said twice
-        transport = payload + want.headers if free else want.transport
+        transport = want.transport
+        if transport is None and want.rank and (want.clients == 1 or not run.config.comm.encrypt):  # a size of the run's own is said twice
+            transport = run.protocol.carried(payload + want.headers)
         figures = {"clients": want.clients, "payload_bytes": payload, "transport_bytes": transport}
         figures |= {f"bytes_by_kind.{kind}": count for kind, count in by_kind.items()}
         yield from _figures(line, figures)
@@ -108,17 +109,19 @@ def _starts(run: Run, lines: dict[Key, list[Row]]) -> Iterator[str]:
                 yield _count((0, rank, *which), counts[which], wanted.get(which, 0))
     for found in lines.values():
         for line in found:
-            yield from _figures(line, _start_figures(line, sizes))
+            yield from _figures(line, _start_figures(run, line, sizes))
 
 
-def _start_figures(line: Row, sizes: Sequence[int]) -> dict[str, int | None]:
+def _start_figures(run: Run, line: Row, sizes: Sequence[int]) -> dict[str, int | None]:
     size, gathered = _START_BYTES.get((line["op"], line["kind"])), line["op"] == "gather"
     clients = line["clients"] if gathered and line["kind"] == "clock" else 1  # only one rank answers
     figures = {"clients": clients, "payload_bytes": None if size is None else size * clients}
     if gathered and not line["rank"]:
         return figures  # what rank 0 received is the others' to say
     moves = {size > 1 for size in sizes} if not line["rank"] else {True}  # of several lives it is not told whose line this is
-    possible = {line["payload_bytes"] * moved for moved in moves}
+    admits = line["kind"] in {which[3] for which in _ADMISSION}  # before there is a key to seal with
+    travels = line["payload_bytes"] if admits else run.protocol.carried(line["payload_bytes"])
+    possible = {travels * (moved and line["clients"] > 0) for moved in moves}
     return figures | {"transport_bytes": line["transport_bytes"] if line["transport_bytes"] in possible else max(possible)}
 
 

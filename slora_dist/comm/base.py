@@ -30,6 +30,7 @@ class Communicator(Protocol):
     rank: int
     size: int
     name: str  # alone, gloo, nccl or mpi
+    bucket: int  # bytes of a gathered chunk, at most
 
     def broadcast(self, wire_B: Tensor) -> None:
         """Overwrite ``wire_B`` on every rank by that of rank 0. Flat contiguous uint8 on any device, of the same size on all ranks."""

@@ -1,7 +1,7 @@
 """Counting, wrapped around any communicator: the same verbs with a label, every call an entry of the ledger."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -13,8 +13,9 @@ from slora_dist.wire import HEADER_BYTES
 class Metered:
     """A communicator that writes what it moves, and how long it took, into a ledger."""
 
-    def __init__(self, comm: Communicator, ledger: Ledger) -> None:
-        self.comm, self.ledger = comm, ledger
+    def __init__(self, comm: Communicator, ledger: Ledger, carried: Callable[[int], int] = int) -> None:
+        """``carried`` gives the bytes that travel for a message of so many: more of them where messages are sealed."""
+        self.comm, self.ledger, self.carried = comm, ledger, carried
         self.rank, self.size = comm.rank, comm.size
         self.seconds = 0.0  # spent inside the transport since the caller last set it to zero
 
@@ -22,7 +23,8 @@ class Metered:
         """Fill ``wire_B`` on every rank with rank 0's; ``clients`` of this rank receive it."""
         began = time.perf_counter()
         self.comm.broadcast(wire_B)
-        self._note(label, "broadcast", clients, wire_B.numel() if self.size > 1 else 0, Timing(began, time.perf_counter() - began))
+        moved = self.carried(wire_B.numel()) if self.size > 1 else 0
+        self._note(label, "broadcast", clients, moved, Timing(began, time.perf_counter() - began))
 
     def gather(
         self, messages: Iterable[Tensor], senders: Sequence[int], label: Label, nbytes: int | None, header: bool = False
@@ -38,22 +40,22 @@ class Metered:
         received = 0
         clock.start()
         for item in self.comm.gather(made, senders, nbytes):
-            received += item[2].numel() * (senders[item[0]] != self.rank)
+            received += self.carried(item[2].numel()) * (senders[item[0]] != self.rank)
             clock.stop()
             arrived[item[0]] = (clock.now, clock.outside)
             yield item
             clock.start()
         clock.stop()
-        moved = received + (made.nbytes if self.rank else 0)
-        clients, varying = made.count if nbytes is not None or header else 1, dict[str, int]()
+        moved = received + (sum(map(self.carried, made.sizes)) if self.rank else 0)
+        clients, varying = len(made.sizes) if nbytes is not None or header else 1, dict[str, int]()
         if nbytes is None:  # sizes are known only now
             first, *rest = label.by_kind
-            varying = {first: made.nbytes - made.count * (sum(label.by_kind[kind] for kind in rest) + HEADER_BYTES * header)}
+            varying = {first: sum(made.sizes) - len(made.sizes) * (sum(label.by_kind[kind] for kind in rest) + HEADER_BYTES * header)}
         timing = Timing(clock.began, clock.seconds, made.ready, list(arrived.values()), () if self.rank else tuple(senders))
         self._note(label, "gather", clients, moved, timing, varying)
         if header:
             control = Label(label.phase, label.round, "control", {"header": HEADER_BYTES})
-            self.ledger.add(control, "gather", made.count, 0, Timing(clock.began, 0.0))
+            self.ledger.add(control, "gather", len(made.sizes), 0, Timing(clock.began, 0.0))
 
     def reduce(self, values: Tensor, label: Label, clients: int) -> None:
         """Sum ``values`` of all ranks to rank 0, in place; this rank's part sums ``clients`` clients."""
@@ -92,7 +94,7 @@ class _Made:
 
     def __init__(self, messages: Iterable[Tensor], clock: _Clock) -> None:
         self._messages, self._clock = iter(messages), clock
-        self.count = self.nbytes = 0
+        self.sizes: list[int] = []
         self.ready: list[float] = []
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -105,6 +107,5 @@ class _Made:
         finally:
             self._clock.start()
         self.ready.append(time.perf_counter())
-        self.count += 1
-        self.nbytes += message_B.numel()
+        self.sizes.append(message_B.numel())
         return message_B

@@ -20,7 +20,7 @@ class Shaped:
 
     def __init__(self, comm: Communicator, routing: Literal["direct", "collective"], server_mbit: float = inf) -> None:
         self.comm, self.direct, self.capacity = comm, routing == "direct", server_mbit
-        self.rank, self.size, self.name = comm.rank, comm.size, comm.name
+        self.rank, self.size, self.name, self.bucket = comm.rank, comm.size, comm.name, comm.bucket
         self.links: Mapping[int, Link] = {}
 
     def broadcast(self, wire_B: Tensor) -> None:

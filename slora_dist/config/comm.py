@@ -56,6 +56,10 @@ class CommConfig(Section):
     timeout: Positive = Field(
         1800.0, description="Seconds that a rank waits for another inside one operation; must cover a client's training."
     )
+    encrypt: bool = Field(
+        False,
+        description="Seal all that is broadcast and gathered with AES-256-GCM, under a key made of the job's secret; not possible for sums on the way.",
+    )
     secret: Literal["auto", "required"] = Field(
         "auto",
         description="Whether a job without a secret may start. With one (`SLORA_DIST_SECRET`, `SLORA_DIST_SECRET_FILE`; the scripts make it) every rank must prove that it has it.",

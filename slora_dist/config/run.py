@@ -66,6 +66,8 @@ class Config(Section):
             raise ConfigError("data.client_column", "missing", "the column that names the client, with `data.partition: natural`")
         if self.comm.wire.topk and self.comm.wire.indices == "implicit":
             raise ConfigError("comm.wire.indices", "implicit with topk, where clients differ", "gap, gap+zstd, int32")
+        if self.comm.encrypt and self.comm.collective != "gather":
+            raise ConfigError("comm.encrypt", f"true with comm.collective {self.comm.collective}: sums on the way are not sealed", "gather")
         if self.comm.collective != "gather" and (self.comm.wire.up, self.comm.wire.indices) != ("float32", "implicit"):
             raise ConfigError(
                 "comm.collective", f"{self.comm.collective} with another wire", "gather, or uploads of float32 values with implicit indices"

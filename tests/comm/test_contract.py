@@ -17,17 +17,19 @@ from torch._C._distributed_c10d import FileStore
 from slora_dist.comm import torch_comm
 from slora_dist.comm.alone import Alone
 from slora_dist.comm.base import Communicator
+from slora_dist.comm.sealed import OVERHEAD, Sealed
 from slora_dist.comm.torch_comm import TorchComm
 from tests.comm.scenarios import BROKEN, BUCKET, EXIT_CODE, HEALTHY, MAX_MESSAGE, play, silence
 from tests.ranks import end_ranks
 
 LONG, SHORT = 40.0, 3.0  # seconds: of an operation in a world where nothing may be late, and where something is
 LIMIT = 60.0  # seconds of a whole world: a hang fails here
-SIZES = {"alone": 1, "gloo": 4, "mpi": 3, "nccl": 2}
+SIZES = {"alone": 1, "gloo": 4, "sealed gloo": 3, "mpi": 3, "nccl": 2}
 ROOT = Path(__file__).parents[2]
 
 transports = [
     "alone",
+    "sealed gloo",
     "gloo",
     pytest.param("mpi", marks=pytest.mark.launcher),
     pytest.param(
@@ -68,7 +70,10 @@ def _communicator(rank: int, size: int, transport: str, folder: Path, timeout: f
     if transport == "alone":
         return Alone(BUCKET)
     device = torch.device("cuda", rank) if transport == "nccl" else None
-    return TorchComm(transport, rank, size, FileStore(str(folder / "store"), size), timeout, device, BUCKET, MAX_MESSAGE)
+    store = FileStore(str(folder / "store"), size)
+    if transport == "sealed gloo":
+        return Sealed(TorchComm("gloo", rank, size, store, timeout, None, BUCKET + OVERHEAD, MAX_MESSAGE), b"a key that all have")
+    return TorchComm(transport, rank, size, store, timeout, device, BUCKET, MAX_MESSAGE)
 
 
 def _mpiexec(names: list[str], folder: Path, timeout: float) -> int:
@@ -88,15 +93,22 @@ def _mpiexec(names: list[str], folder: Path, timeout: float) -> int:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def playable(transport: str) -> list[str]:
+    """What a transport offers: sums cannot be sealed."""
+    return [name for name in HEALTHY if "sealed" not in transport or not name.startswith("reduce")]
+
+
 @pytest.fixture(scope="module", params=transports)
 def healthy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Played]]:
     """One world per transport, which plays all healthy scenarios: starting processes is what takes the time."""
-    yield request.param, world(request.param, list(HEALTHY), tmp_path_factory.mktemp(request.param), LONG)
+    yield request.param, world(request.param, playable(request.param), tmp_path_factory.mktemp(request.param), LONG)
 
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_scenario(healthy: tuple[str, Played], name: str) -> None:
-    _, played = healthy
+    transport, played = healthy
+    if name not in playable(transport):
+        pytest.skip("sums cannot be sealed")
     for rank, results in enumerate(played.ranks):
         assert results is not None, f"rank {rank} died: exit codes {played.exitcodes}"
         assert name in results, f"rank {rank}: {results.get('error')}"
@@ -105,7 +117,8 @@ def test_scenario(healthy: tuple[str, Played], name: str) -> None:
 def test_place_and_clean_end(healthy: tuple[str, Played]) -> None:
     transport, played = healthy
     places = [results and results["knows_its_place"] for results in played.ranks]
-    assert places == [{"rank": rank, "size": SIZES[transport], "name": transport} for rank in range(SIZES[transport])]
+    size, name = SIZES[transport], transport.removeprefix("sealed ")
+    assert places == [{"rank": rank, "size": size, "name": name} for rank in range(size)]
     assert not any(played.exitcodes)
 
 
@@ -122,7 +135,7 @@ def test_a_dead_peer_ends_the_mpi_job(tmp_path: Path) -> None:
     assert played.ranks[2] is None
 
 
-@pytest.mark.parametrize("transport", transports[1:])
+@pytest.mark.parametrize("transport", transports[2:])
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -139,13 +152,13 @@ def test_a_silent_peer_is_an_error_after_the_time_out(transport: str, name: str,
     assert EXIT_CODE in played.exitcodes
 
 
-@pytest.mark.parametrize("transport", transports[1:])
+@pytest.mark.parametrize("transport", transports[2:])
 def test_an_announced_size_is_checked(transport: str, tmp_path: Path) -> None:
     played = world(transport, ["announces_too_much"], tmp_path, LONG)
     assert f"rank 0: gather with rank 1 failed: message 0 announces {MAX_MESSAGE + 1} bytes" in played.error(0)
 
 
-@pytest.mark.parametrize("transport", transports[1:])
+@pytest.mark.parametrize("transport", transports[2:])
 def test_abort_ends_all_ranks_with_its_code(transport: str, tmp_path: Path) -> None:
     played = world(transport, ["aborts"], tmp_path, timeout=10 * LIMIT)
     assert set(played.exitcodes) == {EXIT_CODE}
