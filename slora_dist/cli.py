@@ -77,7 +77,7 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
         from slora_dist.job import Job
 
         job = Job(config, communicator, out, place, where, admitted)
-        job.run(resume=options.resume is not None, stop_after=options.stop_after, track=options.track)
+        job.run(options.resume is not None or _restarted(), stop_after=options.stop_after, track=options.track)
     except ConfigError:
         with suppress(RunError):  # whoever was refused may have gone at once
             communicator.close()
@@ -85,9 +85,15 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
     except Exception as error:  # the program ends here, so this is where to say why
         if witness:
             witness.dismiss()
+        where.finish()
         _fail(communicator, f"{where}: {error}", error)
     communicator.close()
     return 0
+
+
+def _restarted() -> bool:
+    """Whether torchrun has started the ranks anew because one has died (``--max-restarts``)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _fail(communicator: "Communicator", text: str, error: Exception) -> NoReturn:

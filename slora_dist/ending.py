@@ -1,7 +1,8 @@
 """Where a rank is, and how others learn of its end.
 
 A rank that fails says so itself. One that is killed cannot: a small process that it forked at its start, its witness, says it instead.
-The survivors, which their launcher then ends by SIGTERM, tell what they were doing.
+The survivors, which their launcher then ends by SIGTERM, tell what they were doing. A job's time that is up comes as SIGTERM, too, or as
+SIGUSR1 where SLURM was asked for a warning (``--signal``).
 """
 
 import mmap
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, NoReturn
 
 from slora_dist.log import say
 
-SIGTERM_CODE = 128 + signal.SIGTERM
+LEAVE = (signal.SIGTERM, signal.SIGUSR1)  # leave now; the exit code is 128 + the signal's number, as a shell has it
 PAGE = 256  # bytes of a place in words
 
 
@@ -28,6 +30,7 @@ class Where:
     round: int = 0
     operation: str = "preparation"
     page: mmap.mmap | None = None
+    finish: Callable[[], None] = lambda: None  # what must be done before this process may end: the checkpoint that is being written
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -57,18 +60,19 @@ class Witness:
 
 
 def speak_when_ended(rank: int, where: Where, witness: Witness) -> None:
-    """On SIGTERM print one line that says where this rank was, and leave at once; what was finished is in the last checkpoint.
+    """On one of ``LEAVE`` print one line that says where this rank was, and leave once the checkpoint in hand is written.
 
     A thread waits for the signal: Python's own handlers do not run while the main thread waits inside a transport.
     Call it before other threads are started, so that none of them takes the signal.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE)
 
     def wait() -> None:
-        signal.sigwait({signal.SIGTERM})
+        number = signal.Signals(signal.sigwait(LEAVE))
         witness.dismiss()
-        say(rank, f"ended by SIGTERM in {where}: another rank may have died, or the job's time is up; --resume goes on")
-        os._exit(SIGTERM_CODE)
+        say(rank, f"ended by {number.name} in {where}: another rank may have died, or the job's time is up; --resume goes on")
+        where.finish()
+        os._exit(128 + number)
 
     threading.Thread(target=wait, name="ending", daemon=True).start()
 
@@ -76,7 +80,7 @@ def speak_when_ended(rank: int, where: Where, witness: Witness) -> None:
 def _testify(rank: int, page: mmap.mmap, reader: int) -> NoReturn:
     """Wait for the rank's end: its pipe closes when it is gone, whatever killed it."""
     os.setsid()  # a signal for the rank's group is not for its witness
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (*LEAVE, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     keep = {2, reader}
     for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:  # the rank's sockets and pipes must close when it dies

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from slora_dist import export, methods, model, show
+from slora_dist import export, methods, model, settings, show
 from slora_dist.admission import Admitted
 from slora_dist.agreement import agree
 from slora_dist.comm.base import Communicator
@@ -45,6 +45,7 @@ class Job:
         self.sealed = Sealed(comm, _session(admitted)) if config.comm.encrypt and comm.size > 1 else None
         self.where = where or Where()
         self.config, self.folder, self.device = config, RunFolder(out), device
+        self.where.finish = self.folder.finish
         sleeps, limit = config.network.mode == "sleep", config.network.server_mbit or inf
         self.shaped = Shaped(self.sealed or comm, config.network.routing, limit) if sleeps else None
         self.comm = Metered(self.shaped or self.sealed or comm, ledger, self.sealed.carried if self.sealed else int)
@@ -53,6 +54,8 @@ class Job:
 
     def run(self, resume: bool, stop_after: int | None, track: str | None = None) -> None:
         """Play the run to its end, or to round ``stop_after``; ``track`` names a tracker that gets every round as it ends.
+
+        With ``resume`` it goes on from the last checkpoint, where there is one.
 
         Raises ``ConfigError`` on all ranks alike, before any training.
         """
@@ -102,7 +105,8 @@ class Job:
         return Session(seat)
 
     def _open_folder(self, resume: bool) -> None:
-        if resume:
+        if resume and self.folder.exists():
+            settings.require_equal(self.folder.config(), self.config)
             self.checkpoint = self.folder.latest()
             self.folder.rewind(self.checkpoint.values["round"] if self.checkpoint else -1)
         else:

@@ -1,15 +1,17 @@
 """The files of a run: settings, metrics, ledger, summary, checkpoints. Rank 0 alone writes them; ``--resume`` and ``export`` read them.
 
 A checkpoint is a folder of its own, complete before the pointer ``latest`` names it; both renames are atomic, so a stop at any moment
-leaves the last good state.
+leaves the last good state. So does a disk that is full: what cannot be written is a ``RunError`` that names the file.
 """
 
 import json
 import os
 import platform
+import re
 import shutil
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slora_dist.config import Config
-from slora_dist.errors import ConfigError
+from slora_dist.errors import ConfigError, RunError
 from slora_dist.settings import validate
 
+FINISH_SECONDS = 20.0  # SLURM and torchrun kill a process 30 seconds after they have asked it to leave
 RECORDS = ("metrics", "ledger", "timeline", "counters")  # one line a round, a collective, a span of time, a process and round
 LIBRARIES = ("slora_dist", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
@@ -46,7 +49,7 @@ class RunFolder:
 
     def create(self, config: Config, world: Mapping[str, Any]) -> None:
         """Make the folder with its ``config.json``. Raises ``ConfigError`` when a run is there already, or it cannot be written."""
-        if (self.path / "config.json").exists():
+        if self.exists():
             raise ConfigError("--out", f"{self.path} holds a run already", f"a new folder, or `slora-dist train --resume {self.path}`")
         versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
         try:
@@ -57,6 +60,10 @@ class RunFolder:
         except OSError as error:
             raise ConfigError("--out", f"{self.path} cannot be written ({error.strerror})", "a folder that you may write to") from None
 
+    def exists(self) -> bool:
+        """Whether a run is there."""
+        return (self.path / "config.json").exists()
+
     def config(self) -> Config:
         """Read the settings back. Raises ``ConfigError`` when this is no run folder."""
         return validate(self._read("config.json")["settings"])
@@ -66,16 +73,20 @@ class RunFolder:
         base = self.path / "checkpoint"
         name = f"round-{checkpoint.values['round']:05d}"
         draft = base / f".{name}.part"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        save_file({key: tensor.contiguous().cpu() for key, tensor in checkpoint.tensors.items()}, draft / "state.safetensors")
-        (draft / "state.json").write_text(json.dumps(checkpoint.values, indent=1), encoding="utf-8")
-        for file in draft.iterdir():
-            _sync(file)
-        shutil.rmtree(base / name, ignore_errors=True)
-        draft.rename(base / name)
-        _replace(base / "latest", name)
-        for old in base.glob("round-*"):
+        with _writing(draft):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            save_file({key: tensor.contiguous().cpu() for key, tensor in checkpoint.tensors.items()}, draft / "state.safetensors")
+            (draft / "state.json").write_text(json.dumps(checkpoint.values, indent=1), encoding="utf-8")
+            for path in (*draft.iterdir(), draft):
+                _sync(path)
+            shutil.rmtree(base / name, ignore_errors=True)
+            draft.rename(base / name)
+        with _writing(base / "latest"):
+            _sync(base)
+            _replace(base / "latest", name)
+            _sync(base)  # before the one before is deleted: after a power failure one of the two is named, and there
+        for old in (path for pattern in ("round-*", ".round-*.part") for path in base.glob(pattern)):
             if old.name != name:
                 shutil.rmtree(old)
 
@@ -91,28 +102,48 @@ class RunFolder:
         if writing:
             writing.result()
 
+    def finish(self) -> None:
+        """Return when no checkpoint is being written any more, however that ended, or after ``FINISH_SECONDS``."""
+        if self._writing:
+            wait([self._writing], FINISH_SECONDS)
+
     def latest(self) -> Checkpoint | None:
         """Return the last complete checkpoint, or None when no round was finished. Raises ``ConfigError`` when it cannot be read."""
-        base = self.path / "checkpoint"
-        if not (base / "latest").exists():
+        pointer = self.path / "checkpoint" / "latest"
+        if not pointer.exists():
             return None
-        folder = base / (base / "latest").read_text(encoding="utf-8").strip()
+        path = pointer
         try:
-            return Checkpoint(load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text(encoding="utf-8")))
+            name = pointer.read_text(encoding="utf-8").strip()
+            if not re.fullmatch(r"round-\d{5,}", name):
+                raise ValueError(f"{name[:40]!r} is no checkpoint's name")
+            path = pointer.with_name(name) / "state.json"
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict) or not {"round", "phase"} <= values.keys():
+                raise ValueError("no state of a run")
+            path = path.with_name("state.safetensors")
+            return Checkpoint(load_file(path), values)
         except (OSError, SafetensorError, ValueError) as error:
-            raise ConfigError("--resume", f"{folder} cannot be read ({error})", "a run with a complete checkpoint") from None
+            cause = str(error).partition("\n")[0]
+            raise ConfigError("--resume", f"{path} cannot be read ({cause})", "a run with a complete checkpoint") from None
 
     def save_base(self, weights: Mapping[str, Tensor], phase: int) -> None:
         """Write the weights of the frozen base that phase number ``phase`` and those before it have changed at their start."""
         path = self._base(phase)
-        path.parent.mkdir(exist_ok=True)
-        draft = path.with_suffix(".part")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, draft)
-        draft.replace(path)
+        with _writing(path):
+            path.parent.mkdir(exist_ok=True)
+            draft = path.with_suffix(".part")
+            save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, draft)
+            _sync(draft)
+            draft.replace(path)
 
     def load_base(self, phase: int) -> dict[str, Tensor]:
-        """Read what ``save_base`` wrote."""
-        weights: dict[str, Tensor] = load_file(self._base(phase))
+        """Read what ``save_base`` wrote. Raises ``RunError`` naming the file when it cannot be read."""
+        path = self._base(phase)
+        try:
+            weights: dict[str, Tensor] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{path} cannot be read ({error}): without it this run cannot be resumed") from None
         return weights
 
     def _base(self, phase: int) -> Path:
@@ -120,15 +151,19 @@ class RunFolder:
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add lines to one of the ``RECORDS``."""
-        with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / f"{name}.jsonl"
+        with _writing(path), path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Return the lines of one of the ``RECORDS``; an unfinished last line is left out."""
+        """Return the lines of one of the ``RECORDS``; an unfinished last line is left out. Raises ``ConfigError`` for any other damage."""
         path = self.path / f"{name}.jsonl"
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(path), f"cannot be read ({error})", "one JSON object in every line") from None
 
     def rewind(self, rounds: int) -> None:
         """Drop what was noted after round ``rounds``: those rounds will be played again."""
@@ -139,7 +174,8 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
-        self._write("summary.json", summary)
+        with _writing(self.path / "summary.json"):
+            self._write("summary.json", summary)
 
     def write_parquet(self) -> None:
         """Write the ledger once more as ``ledger.parquet``, with a column for the bytes of each kind."""
@@ -154,8 +190,9 @@ class RunFolder:
             for line in lines
         ]
         draft = self.path / ".ledger.parquet.part"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
-        draft.replace(self.path / "ledger.parquet")
+        with _writing(draft):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
+            draft.replace(self.path / "ledger.parquet")
 
     def summary(self) -> dict[str, Any]:
         """Read ``summary.json``. Raises ``ConfigError`` when the run is not finished."""
@@ -181,5 +218,19 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Have a file or a folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name the file when the disk is full or failing; the last checkpoint is untouched then."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
+        raise RunError(f"{path} cannot be written ({cause}); --resume goes on from the last checkpoint") from error

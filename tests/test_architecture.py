@@ -103,6 +103,18 @@ def test_mpi_moves_buffers() -> None:
     assert not verbs & LOWER_CASE and {"Isend", "Irecv", "Ibcast", "Ireduce"} <= verbs
 
 
+WALL_CLOCKS = {"time.time", "time.time_ns", "time.localtime", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
+
+
+@every_file
+def test_only_monotonic_clocks_decide(path: Path) -> None:
+    """The wall clock may jump: it is read in one place, to stamp records, and nothing waits by it or is late by it."""
+    names = [f".{ast.unparse(node)}" for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)]
+    read = {clock for clock in WALL_CLOCKS for name in names if name.endswith(f".{clock}")}
+    assert not read or path.name == "clock.py"
+    assert not {name for name in imported(tree_of(path)) if name in WALL_CLOCKS}, "imported by name, it would not be seen"
+
+
 @every_file
 def test_files_stay_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 350

@@ -10,7 +10,7 @@ import pytest
 _RANK = """
 import sys, threading
 from slora_dist.ending import Where, Witness, speak_when_ended
-where = Where()
+where = Where(finish=lambda: print("finished", flush=True))
 witness = Witness(3, where)
 speak_when_ended(3, where, witness)
 where.phase, where.round, where.operation = "sparse", 5, "gather"
@@ -25,6 +25,7 @@ lock.acquire()
     ("number", "code", "line"),
     [
         (signal.SIGTERM, 143, "slora-dist [rank 3] ended by SIGTERM in phase sparse, round 5, gather:"),
+        (signal.SIGUSR1, 138, "slora-dist [rank 3] ended by SIGUSR1 in phase sparse, round 5, gather:"),
         (signal.SIGKILL, -9, "slora-dist [rank 3] died in phase sparse, round 5, gather:"),
     ],
 )
@@ -32,8 +33,9 @@ def test_a_rank_that_is_ended_leaves_one_line(number: signal.Signals, code: int,
     rank = subprocess.Popen([sys.executable, "-c", _RANK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert rank.stdout and rank.stdout.readline() == "ready\n"
     rank.send_signal(number)
-    _, words = rank.communicate(timeout=60)  # ends when the witness, too, has closed the pipe
+    printed, words = rank.communicate(timeout=60)  # ends when the witness, too, has closed the pipe
     assert rank.returncode == code
+    assert printed == ("" if number == signal.SIGKILL else "finished\n"), "what is being written is finished first"
     assert words.startswith(line) and words.count("\n") == 1
 
 

@@ -1,15 +1,19 @@
 """The run folder survives a stop at any moment."""
 
+import os
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from slora_dist.errors import ConfigError
+from slora_dist.errors import ConfigError, RunError
 from slora_dist.runfolder import Checkpoint, RunFolder
-from tests.tiny import tiny
+from tests.tiny import SHORT, run, same, tiny
 
 
 @pytest.fixture
@@ -115,3 +119,85 @@ def test_an_unwritable_place_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--out: .*file/run cannot be written"):
         RunFolder(tmp_path / "file" / "run").create(tiny(), {})
+
+
+@contextmanager
+def files_up_to(nbytes: int) -> Iterator[None]:
+    """No file grows beyond ``nbytes``: the kernel then says EFBIG, as a full disk says ENOSPC."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_and_leaves_the_last_good_state(folder: RunFolder) -> None:
+    folder.save(checkpoint(1))
+    folder.append("metrics", [{"round": 1}])
+    large = Checkpoint({"offset": torch.full((5000,), 2.0)}, {"round": 2, "phase": 0})
+    with files_up_to(4000):
+        with pytest.raises(RunError, match=r"\.round-00002\.part cannot be written \(.*File too large"):
+            folder.save(large)
+        with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written \(File too large\); --resume goes on"):
+            folder.append("metrics", [{"round": 2, "text": "x" * 5000}])
+        with pytest.raises(RunError, match=r"base-1\.safetensors cannot be written"):
+            folder.save_base({"a": torch.zeros(5000)}, 1)
+        with pytest.raises(RunError, match=r"summary\.json cannot be written"):
+            folder.write_summary({"x": "x" * 5000})
+        folder.save_behind(large)
+        with pytest.raises(RunError, match=r"\.round-00002\.part cannot be written"):
+            folder.wait()
+        assert state(folder) == 1
+    assert folder.lines("metrics") == [{"round": 1}]
+    folder.rewind(1)
+    folder.save(large)
+    folder.append("metrics", [{"round": 2}])
+    assert state(folder) == 2 and folder.lines("metrics") == [{"round": 1}, {"round": 2}]
+    assert sorted(path.name for path in (folder.path / "checkpoint").iterdir()) == ["latest", "round-00002"]
+
+
+def test_a_run_on_a_full_disk_stops_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", *SHORT)
+    size = (whole.path / "ledger.jsonl").stat().st_size
+    with files_up_to(max(size // 2, 1)), pytest.raises(RunError, match="cannot be written"):
+        run(tmp_path / "run", *SHORT)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert same(run(tmp_path / "run", resume=True), whole)
+
+
+DAMAGE = {
+    "latest": (lambda base: (base / "latest").write_text("round-00009"), "round-00009/state.json cannot be read"),
+    "latest leads elsewhere": (lambda base: (base / "latest").write_text("../../x"), "latest cannot be read"),
+    "latest empty": (lambda base: (base / "latest").write_text(""), "latest cannot be read"),
+    "latest no text": (lambda base: (base / "latest").write_bytes(b"\xff\xfe"), "latest cannot be read"),
+    "no tensors": (lambda base: (base / "round-00001/state.safetensors").unlink(), "state.safetensors cannot be read"),
+    "half the tensors": (lambda base: os.truncate(base / "round-00001/state.safetensors", 90), "state.safetensors cannot be read"),
+    "half the values": (lambda base: os.truncate(base / "round-00001/state.json", 9), "state.json cannot be read"),
+    "other values": (lambda base: (base / "round-00001/state.json").write_text("[1]"), "state.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_checkpoint_that_cannot_be_read_is_named(name: str, folder: RunFolder) -> None:
+    folder.save(checkpoint(1))
+    damage, said = DAMAGE[name]
+    damage(folder.path / "checkpoint")
+    with pytest.raises(ConfigError, match=said) as error:
+        folder.latest()
+    assert error.value.setting == "--resume" and "\n" not in str(error.value)
+
+
+def test_a_damaged_record_is_named(folder: RunFolder) -> None:
+    (folder.path / "ledger.jsonl").write_text('{"round": 1}\n{"rou\n{"round": 2}\n')
+    with pytest.raises(ConfigError, match=r"ledger\.jsonl: cannot be read"):
+        folder.rewind(2)
+
+
+def test_leftovers_of_a_half_written_checkpoint_go_with_the_next_one(folder: RunFolder) -> None:
+    base = folder.path / "checkpoint"
+    (base / ".round-00007.part").mkdir(parents=True)
+    (base / ".round-00007.part" / "state.safetensors").write_bytes(b"half")
+    assert folder.latest() is None
+    folder.save(checkpoint(1))
+    assert sorted(path.name for path in base.iterdir()) == ["latest", "round-00001"] and state(folder) == 1

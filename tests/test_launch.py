@@ -1,0 +1,51 @@
+"""The start scripts, where the launcher writes down what it was given."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+
+
+def started(script: str, folder: Path, version: str = "", **variables: str) -> tuple[list[str], str, str]:
+    """(arguments of the launcher, the secret in its environment, what was said on stderr)."""
+    for name in ("torchrun", "mpiexec"):
+        say = 'printf "%s\\0" "$@" > given; echo "${SLORA_DIST_SECRET:-none}${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-}" > secret'
+        (folder / name).write_text(f'#!/bin/bash\nif [ "$1" = --version ]; then echo "{version}"; exit; fi\n{say}\n')
+        (folder / name).chmod(0o755)
+    environ = {"PATH": f"{folder}:{os.environ['PATH']}"} | variables
+    ended = subprocess.run([LAUNCH / script, "a.yaml"], cwd=folder, env=environ, capture_output=True, text=True, timeout=20, check=True)
+    return (folder / "given").read_text().split("\0")[:-1], (folder / "secret").read_text().strip(), ended.stderr
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh"])
+def test_a_job_on_one_machine_gets_a_fresh_secret(script: str, tmp_path: Path) -> None:
+    runs = [started(script, tmp_path) for _ in range(2)]
+    secrets = {secret for _, secret, _ in runs}
+    assert len(secrets) == 2 and all(len(bytes.fromhex(secret)) == 32 for secret in secrets)
+    assert not any(secret in argument for secret in secrets for given, _, _ in runs for argument in given)
+    assert all(given[-4:] == ["-m", "slora_dist", "train", "a.yaml"] and not said for given, _, said in runs)
+    assert started(script, tmp_path, SLORA_DIST_SECRET="my own")[1] == "my own"
+    assert started(script, tmp_path, SLORA_DIST_SECRET_FILE="file")[1] == "none"
+
+
+def test_on_several_machines_torchrun_is_told_the_secret_or_says_that_there_is_none(tmp_path: Path) -> None:
+    several = {"NODES": "2", "HEAD": "host1"}
+    given, secret, said = started("torchrun.sh", tmp_path, **several)
+    assert secret == "none" and "whoever reaches host1:29400 can join" in said and "--nnodes" in given
+    assert not started("torchrun.sh", tmp_path, **several, SLORA_DIST_SECRET_FILE="file")[2]
+
+
+def test_restarts_keep_the_agents_store_out(tmp_path: Path) -> None:
+    given, _, _ = started("torchrun.sh", tmp_path, RESTARTS="3", SLORA_DIST_SECRET="s")
+    assert given[given.index("--max-restarts") + 1] == "3" and (tmp_path / "secret").read_text().strip() == "s1"
+
+
+def test_open_mpi_is_told_to_hand_the_secret_on(tmp_path: Path) -> None:
+    given, _, _ = started("mpirun.sh", tmp_path, version="mpiexec (OpenRTE) 4.1.4")
+    assert given[:2] == ["-x", "SLORA_DIST_SECRET"]
+    given, _, _ = started("mpirun.sh", tmp_path, version="mpiexec (Open MPI) 5.0.11", SLORA_DIST_SECRET_FILE="file")
+    assert given[:2] == ["-x", "SLORA_DIST_SECRET_FILE"]
+    assert "-x" not in started("mpirun.sh", tmp_path, version="HYDRA build details: Version: 5.0.2")[0]

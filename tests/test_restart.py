@@ -1,0 +1,38 @@
+"""torchrun starts its ranks anew when one has died, and the run goes on from its checkpoint: to the same bits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slora_dist.cli import main
+from slora_dist.runfolder import RunFolder
+from tests.tiny import ROOT, SHORT, TINY, run, same
+
+
+@pytest.mark.launcher
+def test_a_run_whose_rank_was_killed_ends_in_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [*torchrun, "-m", "tests.impostor", "killed", "1", "train", str(TINY), *SHORT, "--out", str(tmp_path / "run")]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "SLORA_DIST_SECRET": "x" * 32}
+    ended = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "[rank 1] died in phase sparse, round 2, training of client " in ended.stderr
+    folder = RunFolder(tmp_path / "run")
+    starts = sum(line["kind"] == "verdict" and line["rank"] == 0 for line in folder.lines("ledger"))
+    assert starts == 2, "both lives have left their admission"
+    assert same(folder, run(tmp_path / "undisturbed", *SHORT))
+
+
+def test_a_restart_goes_on_only_with_the_same_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "run", *SHORT, stop_after=1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["train", str(TINY), *SHORT, "run.seed=5", "--out", str(tmp_path / "run")]) == 2
+    assert "error: run.seed: 5, but the run that is resumed has 0" in capfd.readouterr().err
+    assert main(["train", str(TINY), *SHORT, "--out", str(tmp_path / "run")]) == 0
+    assert [line["round"] for line in RunFolder(tmp_path / "run").lines("metrics")] == [1, 2, 3, 4]
+    assert main(["train", str(TINY), *SHORT, "--out", str(tmp_path / "new"), "--stop-after", "1"]) == 0, "it died before it had a folder"
