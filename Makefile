@@ -6,7 +6,7 @@ RUN := runs/quickstart
 # bf16 doubles the speed of a CPU that has it, and is slow on one that has not
 PRECISION := $(shell grep -qs bf16 /proc/cpuinfo && echo bfloat16 || echo float32)
 
-.PHONY: quickstart install test test-cluster bench lint types clean
+.PHONY: quickstart install test test-cluster bench lint types audit-dependencies clean
 
 quickstart: $(VENV)/.installed  ## SLoRA on 20 Newsgroups: one server, three workers
 	$(BIN)/slora-dist fetch minilm 20newsgroups
@@ -45,6 +45,9 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
+
+audit-dependencies: $(VENV)/.installed  ## whether a dependency has a known vulnerability, as far as PyPI can be asked from here
+	$(BIN)/python .ci/audit_dependencies.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
