@@ -33,7 +33,7 @@ def spread(
 
 
 def _pack(found: Factors) -> list[tuple[str, Tensor]]:
-    energies = torch.tensor([found.kept_energy, found.energy], dtype=torch.float64)
+    energies = torch.tensor([found.kept_energy, found.observed_residual, found.energy], dtype=torch.float64)
     return list(zip(PARTS, (found.b_OR.contiguous(), found.a_RI.contiguous(), energies), strict=True))
 
 

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from slora_dist.aggregate.factors import Pair
 from slora_dist.aggregate.server import Server
+from slora_dist.config import LowrankPhase
 from slora_dist.evaluate import Score
 from slora_dist.exchange import Exchange
 from slora_dist.ledger import Direction, Label
 from slora_dist.methods import AnyPhase, Start
 from slora_dist.support import Support
+from slora_dist.svd import Factors
 
 
 @dataclass
@@ -36,19 +38,24 @@ class Stage:
     held_N: Tensor
     server: Server | None
     collective: str
+    found: Mapping[str, Factors]  # the part of the base that begins as the phase's factors, by layer
 
     def label(self, number: int, direction: Direction, by_kind: Mapping[str, int]) -> Label:
         """Return the ledger's label of a message of this phase."""
         return Label(self.name, number, direction, dict(by_kind))
 
 
-def switch_record(before: Score, after: Score, start: Start) -> dict[str, Any]:
-    """Return what ``summary.json`` says of a switch: scores before and after it, and the energy that the factors keep."""
+def switch_record(before: Score, after: Score, phase: AnyPhase, start: Start) -> dict[str, Any]:
+    """Return what ``summary.json`` says of a switch: scores before and after it, and how the factors compare with the update."""
+    (kept, kept_total), (missed, missed_total) = start.shares("kept_energy"), start.shares("observed_residual")
     return {
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
         "loss_before": before.loss,
         "loss_after": after.loss,
-        "kept_energy": start.kept_energy,
-        "kept_energy_total": start.kept_energy_total,
+        "init": (phase.init or ("svd" if start.found else "kaiming")) if isinstance(phase, LowrankPhase) else None,
+        "kept_energy": kept,
+        "kept_energy_total": kept_total,
+        "observed_residual": missed,
+        "observed_residual_total": missed_total,
     }

@@ -13,6 +13,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+Split = Literal["us", "sqrt"]
+
 # ARPACK beats the full SVD on both speed and memory when the rank is a small share of the matrix; above it the full one is as fast.
 _FULL_ABOVE = 1 / 5
 _SPARSE_BELOW = 0.05  # density up to which products with a sparse matrix win
@@ -21,15 +23,20 @@ _TOLERANCE = 1e-9  # of the Gram matrix's eigenvectors: finer than the float32 i
 
 @dataclass(frozen=True)
 class Factors:
-    """The two LoRA factors of one matrix; ``energy`` is its ||dW||^2, ``kept_energy`` the share in the r largest singular values."""
+    """The two LoRA factors of one matrix. ``energy`` is its ||dW||^2.
+
+    ``kept_energy`` is the share of it that lies along the product (for the SVD: in the r largest singular values),
+    ``observed_residual`` the share by which the product misses the entries that have trained.
+    """
 
     b_OR: Tensor
     a_RI: Tensor
     kept_energy: float
+    observed_residual: float
     energy: float
 
 
-def factor(delta_OI: Tensor, rank: int, scale: float = 1.0, split: Literal["us", "sqrt"] = "us") -> Factors:
+def factor(delta_OI: Tensor, rank: int, scale: float = 1.0, split: Split = "us") -> Factors:
     """Return the truncated SVD of ``delta_OI`` as LoRA factors, so that ``scale * B A`` is its best approximation of ``rank``.
 
     ``split`` puts the singular values into B (``us``, the paper: B = U S, A = V^T) or their roots into both (``sqrt``); B is divided by
@@ -43,19 +50,13 @@ def factor(delta_OI: Tensor, rank: int, scale: float = 1.0, split: Literal["us",
     if not np.isfinite(entries).all():
         raise ValueError("the update has entries that are not finite")
     energy = float(np.square(entries).sum())
-    u_OR, s_R, vt_RI = _fix_signs(*_truncated(matrix, rank, energy))
-    b_OR, a_RI = _split(u_OR, s_R, vt_RI, scale, split)
-    return Factors(
-        b_OR,
-        a_RI,
-        kept_energy=float((s_R**2).sum() / energy) if energy else 1.0,
-        energy=energy,
-    )
+    u_OR, s_R, vt_RI = fix_signs(*_truncated(matrix, rank, energy))
+    b_OR, a_RI = place(u_OR, s_R, vt_RI, scale, split)
+    kept = float((s_R**2).sum() / energy) if energy else 1.0
+    return Factors(b_OR, a_RI, kept_energy=kept, observed_residual=1 - kept, energy=energy)
 
 
-def factor_product(
-    left_OQ: Tensor, right_QI: Tensor, rank: int, scale: float = 1.0, split: Literal["us", "sqrt"] = "us"
-) -> tuple[Tensor, Tensor]:
+def factor_product(left_OQ: Tensor, right_QI: Tensor, rank: int, scale: float = 1.0, split: Split = "us") -> tuple[Tensor, Tensor]:
     """Return (b_OR, a_RI) as ``factor`` does, of the product of two thin matrices, which is never formed.
 
     QR of both leaves a core of Q x Q; its SVD is that of the product (FLoRIST, Ramesh and Dharma 2025). Needs Q >= ``rank``.
@@ -63,12 +64,12 @@ def factor_product(
     q_OQ, r_QQ = np.linalg.qr(left_OQ.double().numpy())
     p_IQ, t_QQ = np.linalg.qr(right_QI.T.double().numpy())
     u, s, vt = np.linalg.svd(r_QQ @ t_QQ.T)
-    u_OR, s_R, vt_RI = _fix_signs(q_OQ @ u[:, :rank], s[:rank], vt[:rank] @ p_IQ.T)
-    return _split(u_OR, s_R, vt_RI, scale, split)
+    u_OR, s_R, vt_RI = fix_signs(q_OQ @ u[:, :rank], s[:rank], vt[:rank] @ p_IQ.T)
+    return place(u_OR, s_R, vt_RI, scale, split)
 
 
-def _split(u_OR: np.ndarray, s_R: np.ndarray, vt_RI: np.ndarray, scale: float, split: Literal["us", "sqrt"]) -> tuple[Tensor, Tensor]:
-    """Return B and A; where all singular values are zero A still has orthonormal rows."""
+def place(u_OR: np.ndarray, s_R: np.ndarray, vt_RI: np.ndarray, scale: float, split: Split) -> tuple[Tensor, Tensor]:
+    """Return B and A of which ``scale * B A`` is U S V^T; where all singular values are zero A still has orthonormal rows."""
     left_R, right_R = (s_R, np.ones_like(s_R)) if split == "us" or not s_R.any() else (np.sqrt(s_R), np.sqrt(s_R))
     return torch.from_numpy(u_OR * left_R / scale).float(), torch.from_numpy(right_R[:, None] * vt_RI).float()
 
@@ -115,7 +116,7 @@ def _lanczos(tall: Any, wide: Any, rank: int) -> tuple[np.ndarray, np.ndarray, n
     return u, s, wt @ basis.T
 
 
-def _fix_signs(u_OR: np.ndarray, s_R: np.ndarray, vt_RI: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fix_signs(u_OR: np.ndarray, s_R: np.ndarray, vt_RI: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Make the largest entry of each right vector positive: the SVD leaves the sign of each pair open."""
     signs_R = np.sign(vt_RI[np.arange(len(s_R)), np.abs(vt_RI).argmax(axis=1)])
     signs_R[signs_R == 0] = 1

@@ -12,7 +12,7 @@ from tests.tiny import ROOT
 
 LEVELS = (
     "config ending errors log secret section seeding settings world",
-    "codec counters formats journal ledger linear links masks sparse support svd topk wire",
+    "codec completion counters formats journal ledger linear links masks sparse support svd topk wire",
     "comm",
     "aggregate data",
     "model network roundplan",

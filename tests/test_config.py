@@ -53,6 +53,7 @@ def test_settings_do_not_change_after_validation() -> None:
         config().run.seed = 3  # type: ignore[misc]
 
 
+PISSA = {"kind": "lowrank", "init": "pissa"}
 BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the message says is allowed
     ("metod", {"metod": {}}, "clients, comm, data, method, model, network, run, server"),
     ("clients.cuont", {"clients": {"cuont": 3}}, "batch_size, count, epochs"),
@@ -97,6 +98,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("method.phases.1.kind", {"method": {"name": "custom", "phases": [{"kind": "dense"}, {"kind": "sparse"}]}}, "sparse first"),
     ("method.phases.0.rnk", {"method": {"name": "custom", "phases": [{"kind": "lowrank", "rnk": 2}]}}, "alpha, dropout"),
     ("method.phases.1.density", {"method": {"name": "custom", "phases": [{"kind": "dense"}, {"kind": "sparse", "density": 9}]}}, "to 1"),
+    ("method.lowrank.init", {"method": {"lowrank": {"init": "random"}}}, "'svd', 'completion', 'kaiming' or 'pissa'"),
+    ("method.lowrank.init", {"method": {"name": "lora", "lowrank": {"init": "svd"}}}, "or a method with an earlier phase"),
+    ("method.lowrank.init", {"method": {"name": "lora", "lowrank": {"init": "completion"}}}, "kaiming or pissa"),
+    ("method.lowrank.init", {"method": {"name": "primed_fft", "lowrank": {"init": "completion"}}}, "completion after a sparse phase"),
+    ("method.lowrank.init", {"method": {"name": "slora", "lowrank": {"init": "pissa"}}}, "pissa with `name: lora`"),
+    ("method.phases.0.init", {"method": {"name": "custom", "phases": [PISSA, {"kind": "dense"}]}}, "pissa with `name: lora`"),
+    ("method.phases.1.init", {"method": {"name": "custom", "phases": [{"kind": "head"}, PISSA | {"init": "svd"}]}}, "kaiming or pissa"),
+    ("method.phases.0.init", {"method": {"name": "custom", "phases": [{"kind": "lowrank", "init": "svd"}]}}, "kaiming or pissa"),
     ("server.momentum", {"server": {"momentum": 1}}, "less than 1"),
     ("comm.collective", {"comm": {"collective": "reduce", "wire": {"values": "bfloat16"}}}, "gather, or uploads of float32"),
     ("run.seed", {"run": {"seed": -1}}, "greater than or equal to 0"),

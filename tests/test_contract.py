@@ -23,6 +23,7 @@ from slora_dist.errors import ConfigError, RunError
 from slora_dist.export import Result, export, write
 from slora_dist.model import Classifier
 from slora_dist.support import Support
+from slora_dist.svd import Factors
 from slora_dist.wire import Wire
 from tests.families import FAMILIES, build, documents
 
@@ -38,6 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "lowrank": {"rank": 3, "alpha": 6.0}},
     "lora, attention": {"name": "lora", "lowrank": {"rank": 3, "targets": "attention"}},
     "slora": {"name": "slora", "sparse": SPARSE, "lowrank": {"rank": 3, "alpha": 6.0}},
+    "slora, completion": {"name": "slora", "sparse": SPARSE, "lowrank": {"rank": 3, "init": "completion"}},
+    "lora, pissa": {"name": "lora", "lowrank": {"rank": 3, "alpha": 6.0, "init": "pissa"}},
     "primed_fft": {"name": "primed_fft", "lowrank": {"rank": 3, "split": "sqrt"}},
     "bitfit": {"name": "bitfit"},
     "head": {"name": "head"},
@@ -65,13 +68,16 @@ class Entered:
         self.net, (*earlier, self.phase) = self.classifier.net, method.resolved()
         self.before = values(self.net)
         delta: dict[str, Tensor] = {}
+        found: dict[str, Factors] = {}
         for phase in earlier:
             coordinates = methods.support(phase, self.classifier, method, SEED)
             delta = methods.learned(phase, self.classifier, coordinates, noise(coordinates.numel, 0.1))
+            found = methods.factored(self.phase, self.classifier, delta, coordinates)
         self.coordinates = methods.support(self.phase, self.classifier, method, SEED, chosen(self.classifier, method))
         methods.enter(self.phase, self.classifier, self.coordinates, SEED)
+        self.reduced = methods.reduce_base(self.phase, self.classifier)
         self.reference_N = self.coordinates.reference(self.net)
-        self.offset_N = methods.begin(self.phase, self.classifier, self.coordinates, delta, SEED).offset_N
+        self.offset_N = methods.begin(self.phase, self.classifier, self.coordinates, delta, SEED, {**found, **self.reduced}).offset_N
 
 
 def chosen(classifier: Classifier, method: MethodConfig) -> dict[str, Tensor]:
@@ -172,7 +178,7 @@ def test_what_it_leaves_is_loaded_again(family: str, name: str, tokenizer: Any, 
     entered.coordinates.write(entered.net, entered.reference_N + offset_N)
     judged = logits(entered.net)
     entered.coordinates.write(entered.net, entered.reference_N)
-    write(Result(entered.phase, entered.classifier, entered.coordinates, offset_N, False, tokenizer), tmp_path / "adapter")
+    write(Result(entered.phase, entered.classifier, entered.coordinates, offset_N, bool(entered.reduced), tokenizer), tmp_path / "adapter")
 
     export(tmp_path / "adapter", tmp_path / "copy", merge=False)
     for folder in (tmp_path / "adapter", tmp_path / "copy"):

@@ -25,6 +25,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "lora": ("method.name=lora",),
     "residual kept": ("method.lowrank.residual=keep",),
     "remainder kept": ("method.lowrank.remainder=keep", "method.name=primed_fft"),
+    "pissa": ("method.name=lora", "method.lowrank.init=pissa", "method.lowrank.alpha=7"),
     "scaled": ("method.lowrank.alpha=7", "method.lowrank.ranks={pooler.dense: 6}", "method.lowrank.split=sqrt"),
     "sft": ("method.name=sft",),
     "fft": ("method.name=fft",),
@@ -63,6 +64,7 @@ def as_judged(folder: RunFolder) -> nn.Module:
     phase = config.method.resolved()[-1]
     coordinates = methods.support(phase, classifier, config.method, config.run.seed)
     methods.enter(phase, classifier, coordinates, config.run.seed)
+    methods.reduce_base(phase, classifier)
     coordinates.write(classifier.net, coordinates.reference(classifier.net) + checkpoint.tensors["offset"])
     return classifier.net
 

@@ -8,6 +8,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 
 from slora_dist import methods, model
+from slora_dist.completion import complete
 from slora_dist.config import DensePhase, LowrankPhase, MethodConfig, SparsePhase
 from slora_dist.model import Classifier
 from slora_dist.support import Support
@@ -120,7 +121,7 @@ def test_lora_alone_starts_where_the_model_is(family: str) -> None:
     methods.enter(LOWRANK, classifier, coordinates, SEED)
     start = methods.begin(LOWRANK, classifier, coordinates, {}, SEED)
     coordinates.write(classifier.net, coordinates.reference(classifier.net) + start.offset_N)
-    assert torch.equal(logits(classifier.net), said) and start.kept_energy == {} and start.kept_energy_total is None
+    assert torch.equal(logits(classifier.net), said) and start.shares("kept_energy") == ({}, None)
     for slot, span in coordinates.spans():
         entries = start.offset_N[span]
         if slot.kind == "factor_a":
@@ -130,6 +131,75 @@ def test_lora_alone_starts_where_the_model_is(family: str) -> None:
             assert not entries.any()
     classifier.net(**documents()).loss.backward()
     assert all(classifier.net.get_parameter(slot.name).grad.any() for slot in coordinates.slots if slot.kind == "factor_b")  # type: ignore[union-attr]
+
+
+@every_family
+def test_pissa_starts_where_the_model_is_with_its_largest_directions_in_the_factors(family: str) -> None:
+    phase = LowrankPhase(rank=3, alpha=6.0, init="pissa")
+    classifier = build(family)
+    said, before = logits(classifier.net), parameters(classifier.net)
+    coordinates = support(phase, classifier)
+    methods.enter(phase, classifier, coordinates, SEED)
+    found = methods.reduce_base(phase, classifier)
+    start = methods.begin(phase, classifier, coordinates, {}, SEED, found)
+    coordinates.write(classifier.net, coordinates.reference(classifier.net) + start.offset_N)
+    torch.testing.assert_close(logits(classifier.net), said, atol=1e-5, rtol=1e-4)
+    factors = methods.learned(phase, classifier, coordinates, start.offset_N)
+    reduced = methods.base_weights(classifier, before)
+    targets = {f"{layer}.weight" for layer in model.ranks(classifier, phase)}
+    for name, weights in before.items():
+        if name in targets:
+            torch.testing.assert_close(factors[name], truncated(weights, 3), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(reduced[name], weights - factors[name], atol=1e-7, rtol=0)
+        else:
+            assert torch.equal(reduced[name], weights)
+    classifier.net(**documents()).loss.backward()
+    assert all(classifier.net.get_parameter(slot.name).grad.any() for slot in coordinates.slots)  # type: ignore[union-attr]
+
+
+def test_other_starts_leave_the_base_alone() -> None:
+    classifier = build("bert")
+    for phase in (SPARSE, DENSE, LOWRANK, LowrankPhase(init="kaiming"), LowrankPhase(init="completion")):
+        before = parameters(classifier.net)
+        assert methods.reduce_base(phase, classifier) == {}
+        assert all(torch.equal(weights, before[name]) for name, weights in parameters(classifier.net).items())
+
+
+@every_family
+@pytest.mark.parametrize("magnitude", ["step", "entries"])
+def test_a_completion_is_of_the_weight_as_its_layer_multiplies_by_it(family: str, magnitude: str) -> None:
+    """The mask of GPT-2's transposed weights is transposed with them."""
+    phase = LowrankPhase(rank=2, alpha=6.0, init="completion", magnitude=magnitude)  # type: ignore[arg-type]
+    sparse = SparsePhase(density=0.6)
+    classifier = build(family)
+    before = support(sparse, classifier)
+    masks = {slot.name: slot.index for slot in before.slots}
+    generator, delta = torch.Generator().manual_seed(3), {}
+    for layer in model.ranks(classifier, phase):
+        name = f"{layer}.weight"
+        whole = torch.outer(*(torch.randn(side, generator=generator) for side in classifier.net.get_parameter(name).shape))
+        delta[name] = torch.zeros_like(whole)
+        delta[name].view(-1)[masks[name]] = whole.view(-1)[masks[name]]
+    layer, found = next(iter(model.ranks(classifier, phase))), methods.factored(phase, classifier, delta, before)
+    assert set(found) == set(model.ranks(classifier, phase))
+    update = delta[f"{layer}.weight"]
+    observed = torch.zeros(update.shape, dtype=torch.bool)
+    observed.view(-1)[masks[f"{layer}.weight"]] = True
+    if model.is_transposed(classifier, layer):
+        update, observed = update.T, observed.T
+    expected = complete(update, observed.reshape(-1).nonzero()[:, 0], 2, 3.0, magnitude=magnitude)  # type: ignore[arg-type]
+    torch.testing.assert_close(found[layer].b_OR @ found[layer].a_RI, expected.b_OR @ expected.a_RI)
+    assert found[layer].kept_energy > 0 and (magnitude == "step" or found[layer].observed_residual < 0.3)
+
+
+def test_starting_anew_takes_nothing_over_but_the_head() -> None:
+    phase, classifier = LowrankPhase(rank=3, init="kaiming"), build("bert")
+    before, _, delta = primed(classifier, SPARSE)
+    assert methods.factorable(phase, classifier, before) == [] and methods.factored(phase, classifier, delta, before) == {}
+    coordinates = support(phase, classifier)
+    start = methods.begin(phase, classifier, coordinates, delta, SEED, {})
+    for slot, span in coordinates.spans():
+        assert slot.kind == "factor_a" or torch.equal(start.offset_N[span].view(slot.shape), delta.get(slot.name, torch.zeros(slot.shape)))
 
 
 def primed(classifier: Classifier, first: methods.AnyPhase) -> tuple[Support, Tensor, dict[str, Tensor]]:
@@ -151,10 +221,10 @@ def test_after_the_switch_peft_computes_base_plus_truncated_update(family: str, 
     """Alpha is not the rank, so that a scale which is forgotten or divided out twice shows."""
     phase = LowrankPhase(rank=3, alpha=6.0, split=split)  # type: ignore[arg-type]
     classifier, merged = build(family), build(family)
-    _, _, delta = primed(classifier, first)
+    before, _, delta = primed(classifier, first)
     coordinates = support(phase, classifier)
     methods.enter(phase, classifier, coordinates, SEED)
-    start = methods.begin(phase, classifier, coordinates, delta, SEED)
+    start = methods.begin(phase, classifier, coordinates, delta, SEED, methods.factored(phase, classifier, delta, before))
     coordinates.write(classifier.net, coordinates.reference(classifier.net) + start.offset_N)
 
     layers, head = model.dense_layers(merged), model.head_parameters(merged)
@@ -169,8 +239,9 @@ def test_after_the_switch_peft_computes_base_plus_truncated_update(family: str, 
 
     energy = {layer: float(delta[f"{layer}.weight"].square().sum()) for layer in layers}
     kept = {layer: float(truncated(delta[f"{layer}.weight"], 3).square().sum()) for layer in layers}
-    assert start.kept_energy == pytest.approx({layer: kept[layer] / energy[layer] for layer in layers}, rel=1e-4)
-    assert start.kept_energy_total == pytest.approx(sum(kept.values()) / sum(energy.values()), rel=1e-4)
+    by_layer, total = start.shares("kept_energy")
+    assert by_layer == pytest.approx({layer: kept[layer] / energy[layer] for layer in layers}, rel=1e-4)
+    assert total == pytest.approx(sum(kept.values()) / sum(energy.values()), rel=1e-4)
 
 
 @every_family
@@ -216,12 +287,14 @@ def test_what_is_kept_and_the_factors_add_up_to_the_update(family: str, residual
     phase = LowrankPhase(rank=3, alpha=6.0, targets="attention", residual=residual, remainder=remainder)  # type: ignore[arg-type]
     classifier = build(family)
     before = parameters(classifier.net)
-    _, _, delta = primed(classifier, DENSE)
+    primer, _, delta = primed(classifier, DENSE)
     targets = {f"{layer}.weight" for layer in model.ranks(classifier, phase)}
     head = model.head_parameters(classifier)
     coordinates = support(phase, classifier)
     methods.enter(phase, classifier, coordinates, SEED)
-    factors = methods.learned(phase, classifier, coordinates, methods.begin(phase, classifier, coordinates, delta, SEED).offset_N)
+    found = methods.factored(phase, classifier, delta, primer)
+    start = methods.begin(phase, classifier, coordinates, delta, SEED, found)
+    factors = methods.learned(phase, classifier, coordinates, start.offset_N)
     methods.add_to_base(classifier, methods.base_change(phase, delta, factors, head))
     methods.remove_adapters(classifier.net)
     for name, weights in parameters(classifier.net).items():

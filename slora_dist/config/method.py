@@ -52,6 +52,16 @@ class LowrankPhase(Phase):
     """LoRA. After another phase the factors start from the SVD of its update (SLoRA stage 2); alone, A is random and B zero."""
 
     kind: Literal["lowrank"] = "lowrank"
+    init: Literal["svd", "completion", "kaiming", "pissa"] | None = Field(
+        None,
+        description="Where the factors begin. After another phase: `svd` of its update, or low-rank `completion` of a sparse one. "
+        "First: `kaiming` (A random, B zero), or `pissa` (the largest singular values of the pretrained weights, which leave the base; "
+        "a method of this phase alone). `kaiming` after another phase forgets it. Empty: `svd` after another phase, else `kaiming`.",
+    )
+    magnitude: Literal["step", "entries"] = Field(
+        "step",
+        description="Size of a `completion`: where it is closest to the update itself, or that of the observed entries, up to 1 / density as large.",
+    )
     rank: int = Field(8, ge=1, description="Rank of the factors.")
     ranks: dict[str, int] = Field({}, description="Other ranks by module name ending, e.g. `{pooler.dense: 18}`.")
     alpha: Positive | None = Field(
@@ -75,7 +85,9 @@ class LowrankPhase(Phase):
     fair_ridge: NonNegative = Field(
         0.01, description="How small `fair` keeps its correction of B, relative to A's squared singular values."
     )
-    split: Literal["us", "sqrt"] = Field("us", description="Where the singular values go: all to B (the paper), or their roots to both.")
+    split: Literal["us", "sqrt"] = Field(
+        "us", description="Where the singular values go: all to B (the paper), or their roots to both (always with `pissa`)."
+    )
 
 
 class BitfitPhase(Phase):
@@ -164,7 +176,23 @@ class MethodConfig(Section):
                 )
             if kind in ("houlsby", "pfeiffer") and at + 1 < len(kinds):
                 raise ConfigError(f"method.phases.{at}.kind", f"no phase can take over {kind} adapters", f"{kind} last")
+            self._init_fits(at)
         return self
+
+    def _init_fits(self, at: int) -> None:
+        phases = self.resolved()
+        phase, before = phases[at], [earlier.kind for earlier in phases[:at] if earlier.kind != "head"]
+        if not isinstance(phase, LowrankPhase):
+            return
+        setting = f"method.phases.{at}.init" if self.name == "custom" else "method.lowrank.init"
+        if phase.init in ("svd", "completion") and not before:
+            raise ConfigError(setting, f"{phase.init} with no update before it", "kaiming or pissa, or a method with an earlier phase")
+        if phase.init == "completion" and before[-1] != "sparse":
+            raise ConfigError(setting, f"completion after a {before[-1]} phase", "svd or kaiming; completion after a sparse phase")
+        if phase.init == "pissa" and (before or at + 1 < len(phases)):
+            raise ConfigError(
+                setting, "pissa beside another phase that trains the backbone", "svd, completion or kaiming; pissa with `name: lora`"
+            )
 
     def resolved(self) -> tuple[AnyPhase, ...]:
         """Return the phases in order, every setting filled in."""

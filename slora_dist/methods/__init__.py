@@ -3,7 +3,7 @@
 from slora_dist.config import AnyPhase
 from slora_dist.methods.base import add_to_base, base_weights, remove_adapters
 from slora_dist.methods.bottleneck import insert as insert_adapters
-from slora_dist.methods.lowrank import as_stored, base_change, base_moves, factorable, factored, keeps, lora_settings, pairs
+from slora_dist.methods.lowrank import as_stored, base_change, base_moves, factorable, factored, keeps, lora_settings, pairs, reduce_base
 from slora_dist.methods.phase import Start, begin, enter, learned, names, support
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "lora_settings",
     "names",
     "pairs",
+    "reduce_base",
     "remove_adapters",
     "support",
 ]

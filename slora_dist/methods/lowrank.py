@@ -6,12 +6,15 @@ Legend: O/I out/in features, R rank.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from slora_dist.aggregate.factors import Pair, random_factors
 from slora_dist.aggregate.rules import width
+from slora_dist.completion import complete, truncate
 from slora_dist.config import AnyPhase, LowrankPhase
+from slora_dist.methods.base import parameter_name
 from slora_dist.model import Classifier, dense_layers, is_transposed, ranks
 from slora_dist.seeding import derive
 from slora_dist.support import Slot, Support
@@ -70,21 +73,51 @@ def multiplied(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, 
 
 
 def factored(
-    phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, Tensor], layers: Sequence[str] | None = None
+    phase: AnyPhase, classifier: Classifier, delta: Mapping[str, Tensor], before: Support, layers: Sequence[str] | None = None
 ) -> dict[str, Factors]:
-    """Return the factors of the update of every target layer, or of ``layers``; a layer without an update has none."""
+    """Return the factors of the update of every target layer, or of ``layers``, that the phase takes over.
+
+    ``before`` are the coordinates that have learned ``delta``: its masks say which entries are observed. A layer without an update has no
+    factors, and neither has any where the phase starts anew.
+    """
+    masks, found = {slot.name: slot.index for slot in before.slots}, dict[str, Factors]()
+    for layer in factorable(phase, classifier, before) if layers is None else layers:
+        assert isinstance(phase, LowrankPhase)
+        rank, update_OI, observed_n = ranks(classifier, phase)[layer], delta[f"{layer}.weight"], masks.get(f"{layer}.weight")
+        if is_transposed(classifier, layer):
+            if observed_n is not None:
+                observed_n = observed_n % update_OI.shape[1] * update_OI.shape[0] + observed_n // update_OI.shape[1]
+            update_OI = update_OI.T
+        scale = _alpha(phase, rank) / rank
+        if phase.init == "completion":
+            found[layer] = complete(update_OI, observed_n, rank, scale, phase.split, phase.magnitude)
+        else:
+            found[layer] = truncate(update_OI, observed_n, rank, scale, phase.split)
+    return found
+
+
+@torch.no_grad()
+def reduce_base(phase: AnyPhase, classifier: Classifier) -> dict[str, Factors]:
+    """Take the best rank-r part out of the base weight of every target layer, and return it as the factors with which the phase begins.
+
+    PiSSA (Meng et al. 2024) and FeDeRA (Yan et al. 2024), W_0 = (W_0 - scale B A) + scale B A with B = U_r S_r^1/2, A = S_r^1/2 V_r^T:
+    the model is the same, and what trains are its largest directions. With another init nothing is done.
+    """
+    if not isinstance(phase, LowrankPhase) or phase.init != "pissa":
+        return {}
     found = {}
     for layer, rank in ranks(classifier, phase).items():
-        update = delta.get(f"{layer}.weight")
-        if update is not None and (layers is None or layer in layers):
-            update_OI = update.T if is_transposed(classifier, layer) else update
-            found[layer] = factor(update_OI, rank, _alpha(phase, rank) / rank, phase.split)
+        weight = classifier.net.get_parameter(parameter_name(f"{layer}.weight", classifier.net))
+        weight_OI = weight.T if is_transposed(classifier, layer) else weight
+        scale = _alpha(phase, rank) / rank
+        found[layer] = factor(weight_OI, rank, scale, "sqrt")
+        weight_OI -= (scale * (found[layer].b_OR @ found[layer].a_RI)).to(weight.device)
     return found
 
 
 def factorable(phase: AnyPhase, classifier: Classifier, coordinates: Support) -> list[str]:
-    """Return the target layers of which ``coordinates``, those of the phase before, have learned an update."""
-    if not isinstance(phase, LowrankPhase):
+    """Return the target layers of which ``coordinates``, those of the phase before, have learned an update that the phase takes over."""
+    if not isinstance(phase, LowrankPhase) or phase.init == "kaiming":
         return []
     moved = {slot.name.removesuffix(".lora_B.default.weight").removesuffix(".weight") for slot in coordinates.slots}
     return [layer for layer in ranks(classifier, phase) if layer in moved]

@@ -8,6 +8,7 @@ Legend: N coordinates.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,11 +35,17 @@ from slora_dist.svd import Factors
 
 @dataclass(frozen=True)
 class Start:
-    """Where a phase begins: its first offset, and the share of ``||dW||^2`` kept by the factors, of each matrix and in all."""
+    """Where a phase begins: its first offset, and the factors of the update that it takes over, by layer."""
 
     offset_N: Tensor
-    kept_energy: dict[str, float] = field(default_factory=dict)
-    kept_energy_total: float | None = None
+    found: Mapping[str, Factors] = field(default_factory=dict)
+
+    def shares(self, kind: Literal["kept_energy", "observed_residual"]) -> tuple[dict[str, float], float | None]:
+        """Return a share of ``||dW||^2`` for every matrix and, unless there is nothing, for all of them together."""
+        by_layer = {layer: getattr(factors, kind) for layer, factors in self.found.items()}
+        energy = sum(factors.energy for factors in self.found.values())
+        total = sum(by_layer[layer] * factors.energy for layer, factors in self.found.items()) / energy if energy else None
+        return by_layer, total
 
 
 def names(method: MethodConfig) -> tuple[str, ...]:
@@ -108,15 +115,12 @@ def begin(
 ) -> Start:
     """Return where a phase begins, given what was learned so far (``delta``: {parameter: update}; empty at the start of a run).
 
-    ``found`` are the factors of its layers where they are known already (see ``factored``).
+    ``found`` are the factors of its layers that do not start anew (see ``factored`` and ``reduce_base``).
     """
     if not isinstance(phase, LowrankPhase):
         return Start(_carry(coordinates, delta))
-    found = lowrank.factored(phase, classifier, delta) if found is None else found
-    factors = lowrank.start(phase, classifier, found, seed)
-    energy = sum(result.energy for result in found.values())
-    total = sum(result.kept_energy * result.energy for result in found.values()) / energy if energy else None
-    return Start(_carry(coordinates, {**delta, **factors}), {layer: result.kept_energy for layer, result in found.items()}, total)
+    factors = lowrank.start(phase, classifier, found or {}, seed)
+    return Start(_carry(coordinates, {**delta, **factors}), found or {})
 
 
 def learned(phase: AnyPhase, classifier: Classifier, coordinates: Support, offset_N: Tensor) -> dict[str, Tensor]:

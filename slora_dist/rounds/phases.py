@@ -5,6 +5,7 @@ Legend: N coordinates, B bytes.
 
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +32,6 @@ def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
     """Begin phase ``at``: take over what ``previous`` learned, and put the base back to the weights that all ranks know."""
     seat.where.operation, began = "switch", time.perf_counter()
     learned: dict[str, Tensor] = {}
-    found = None
     if previous:
         offset_N = _last_offset(seat, previous, seat.phases[at])
         if offset_N is not None:
@@ -39,8 +39,7 @@ def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
         previous.coordinates.write(seat.net, previous.reference_N)
     stage = _enter(seat, at)
     _compare_fingerprints(seat, stage, stage.first)
-    if previous and _spreads(seat, stage.phase):
-        found = _spread(seat, previous, stage, learned)
+    found = {**stage.found, **(_take_over(seat, previous, stage, learned) if previous else {})}
     if seat.is_root:
         start = methods.begin(stage.phase, seat.classifier, stage.coordinates, learned, seat.config.run.seed, found)
         stage.server = Server(seat.config.server, start.offset_N)
@@ -52,7 +51,7 @@ def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
         with seat.journal.span("evaluate", stage.name, stage.first):
             before, after = seat.score, seat.evaluate(stage)
         assert before
-        seat.switch = switch_record(before, after, start)
+        seat.switch = switch_record(before, after, stage.phase, start)
     if previous:
         seat.journal.note("switch", stage.name, stage.first, began, time.perf_counter() - began)
     return stage
@@ -81,6 +80,7 @@ def _enter(seat: Seat, at: int) -> Stage:
     phase, name = seat.phases[at], methods.names(seat.config.method)[at]
     coordinates = methods.support(phase, seat.classifier, seat.config.method, seat.config.run.seed)
     methods.enter(phase, seat.classifier, coordinates, seat.config.run.seed)
+    found = methods.reduce_base(phase, seat.classifier)
     seat.net.to(seat.device)
     first = 1 + sum(earlier.rounds for earlier in seat.phases[:at])
     pairs = methods.pairs(phase, seat.classifier, coordinates)
@@ -88,7 +88,7 @@ def _enter(seat: Seat, at: int) -> Stage:
     seat.where.phase = name
     collective = _collective(seat, exchange.up(first).wires.up, name, first)
     reference_N, held_N = coordinates.reference(seat.net), torch.zeros(coordinates.numel)
-    return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, None, collective)
+    return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, None, collective, found)
 
 
 def _collective(seat: Seat, wire: Wire | TopK, name: str, number: int) -> str:
@@ -112,12 +112,13 @@ def _last_offset(seat: Seat, previous: Stage, phase: AnyPhase) -> Tensor | None:
     return offset_N
 
 
-def _spread(seat: Seat, previous: Stage, stage: Stage, learned: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """Let every rank factor its share of the matrices; rank 0 gets all factors."""
-    phase, layers = stage.phase, methods.factorable(stage.phase, seat.classifier, previous.coordinates)
-    assert isinstance(phase, LowrankPhase)
-    label = stage.label(stage.first, "control", {"factors": 0})
-    return spread(seat.comm, layers, lambda own: methods.factored(phase, seat.classifier, learned, own), label)
+def _take_over(seat: Seat, previous: Stage, stage: Stage, learned: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Return on rank 0 the factors of what was learned: its own work, or that of all ranks, each of which does its share."""
+    factored = partial(methods.factored, stage.phase, seat.classifier, learned, previous.coordinates)
+    if _spreads(seat, stage.phase):
+        layers = methods.factorable(stage.phase, seat.classifier, previous.coordinates)
+        return spread(seat.comm, layers, factored, stage.label(stage.first, "control", {"factors": 0}))
+    return factored() if seat.is_root else {}
 
 
 def _fold(seat: Seat, previous: Stage, stage: Stage) -> None:
@@ -157,7 +158,8 @@ def _restore_base(seat: Seat, number: int, at: int, resumed: Checkpoint | None) 
 
 def _compare_fingerprints(seat: Seat, stage: Stage, number: int) -> None:
     """Make sure that all ranks mean the same coordinates and start from the same reference."""
-    mine = stage.coordinates.fingerprint(stage.reference_N)
+    reduced = methods.base_weights(seat.classifier, [f"{layer}.weight" for layer in stage.found])
+    mine = stage.coordinates.fingerprint(torch.cat([stage.reference_N, *(weight.reshape(-1) for weight in reduced.values())]))
     for rank, theirs in gather_bytes(seat.comm, mine, stage.label(number, "control", {"fingerprint": len(mine)})).items():
         if theirs != mine:
             raise RunError(f"rank {rank} has other weights or another mask in phase {stage.name}: same model and versions?")

@@ -80,7 +80,7 @@ class Session:
         assert stage.server
         stage.coordinates.write(seat.net, stage.reference_N)
         offset_N = stage.server.offset_N
-        return Result(stage.phase, seat.classifier, stage.coordinates, offset_N, bool(seat.base), seat.federation.tokenizer)
+        return Result(stage.phase, seat.classifier, stage.coordinates, offset_N, bool(seat.base or stage.found), seat.federation.tokenizer)
 
     def _round(self, stage: Stage, number: int) -> dict[str, Any]:
         """Play one round: broadcast, local training, upload, server step, evaluation, checkpoint."""
