@@ -6,7 +6,7 @@ RUN := runs/quickstart
 # bf16 doubles the speed of a CPU that has it, and is slow on one that has not
 PRECISION := $(shell grep -qs bf16 /proc/cpuinfo && echo bfloat16 || echo float32)
 
-.PHONY: quickstart install test test-cluster bench lint types audit-dependencies clean
+.PHONY: quickstart install test test-cluster drill bench lint types audit-dependencies clean
 
 quickstart: $(VENV)/.installed  ## SLoRA on 20 Newsgroups: one server, three workers
 	$(BIN)/slora-dist fetch minilm 20newsgroups
@@ -33,6 +33,10 @@ test-cluster: $(VENV)/.installed  ## the tests that need a cluster
 	elif [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES); \
 	else echo "test-cluster: needs root, or: apt-get install $(PACKAGES)"; exit 1; fi
 	$(BIN)/python -m pytest -m cluster tests
+
+N ?= 100
+drill: $(VENV)/.installed  ## N faults on purpose, each held against the run that was planned so; the table goes to drill.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m drill.run $(N) --out drill.md
 
 bench: $(VENV)/.installed  ## every figure of docs/performance.md, on a machine with nothing else to do
 	$(BIN)/slora-dist fetch minilm

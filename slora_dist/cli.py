@@ -1,6 +1,7 @@
 """The command line, and the only place that catches exceptions: it says what happened, where, and ends all ranks.
 
-Exit codes: 0 done, 1 something broke while running, 2 a setting, a file or a world that cannot be used.
+Exit codes: 0 done, 1 something broke while running, 2 a setting, a file or a world that cannot be used, 3 done, but without
+ranks that have died.
 """
 
 import argparse
@@ -21,10 +22,12 @@ from slora_dist.errors import ConfigError, RunError
 from slora_dist.log import say
 from slora_dist.world import World, detect
 
+INCOMPLETE = 3
 DOCTOR_SECONDS = 120.0  # a rank that is silent for so long in the self-test is lost
 
 if TYPE_CHECKING:
     from slora_dist.comm.base import Communicator
+    from slora_dist.comm.lifeline import Healing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,18 +69,21 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
     if witness:
         speak_when_ended(world.rank, where, witness)
     _set_threads(config.run.threads)
+    if config.clients.min_clients:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch prints a stack for every connection that breaks
     from slora_dist import comm, device  # torch only now: the number of threads is read when it is loaded
-    from slora_dist.admission import admit
+    from slora_dist.admission import admit, joining
 
-    place = device.choose(config.run.device, world)
-    communicator = comm.connect(config.comm.backend, world, os.environ, config.comm.timeout, place)
+    place, healing = device.choose(config.run.device, world), _healing(config, options)
+    communicator = comm.connect(config.comm.backend, world, os.environ, config.comm.timeout, place, healing)
     where.operation = "admission"
     try:
-        admitted = admit(communicator, config, os.environ)
+        admitted = joining(communicator) if options.join else admit(communicator, config, os.environ)
         from slora_dist.job import Job
 
         job = Job(config, communicator, out, place, where, admitted)
-        job.run(options.resume is not None or _restarted(), stop_after=options.stop_after, track=options.track)
+        resume = options.resume is not None or _restarted()
+        complete = job.run(resume, stop_after=options.stop_after, track=options.track)
     except ConfigError:
         with suppress(RunError):  # whoever was refused may have gone at once
             communicator.close()
@@ -88,7 +94,21 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
         where.finish()
         _fail(communicator, f"{where}: {error}", error)
     communicator.close()
-    return 0
+    return 0 if complete else INCOMPLETE
+
+
+def _healing(config: Config, options: argparse.Namespace) -> "Healing | None":
+    """Return what this rank needs to go on when another dies, if it is to."""
+    if config.clients.min_clients is None:
+        if options.join:
+            raise ConfigError("--join", "without clients.min_clients no run takes in a rank", "clients.min_clients, as the others have it")
+        return None
+    if options.join and config.comm.encrypt:
+        raise ConfigError("--join", "the key of a run with comm.encrypt was made when it began", "comm.encrypt=false, on all ranks")
+    from slora_dist import secret
+    from slora_dist.comm.lifeline import Healing
+
+    return Healing(config.comm.client_timeout, secret.find(os.environ) or b"", settings.digest(config), options.join)
 
 
 def _restarted() -> bool:

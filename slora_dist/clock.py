@@ -24,13 +24,14 @@ _LABEL = Label("start", 0, "control", {"clock": 8})
 def synchronize(comm: Metered) -> tuple[dict[int, float], float]:
     """Return on rank 0 ({rank: seconds to add to its ``perf_counter``}, bound of the error in seconds); elsewhere nothing of use."""
     own = time.time() - time.perf_counter()
-    machines = list(gather_bytes(comm, machine().encode(), Label("start", 0, "control", {"machine": 0})).values())
-    speakers = tell(comm, [machines.index(name) for name in machines] or [0] * comm.size, _wide(comm.size))
+    machines = gather_bytes(comm, machine().encode(), Label("start", 0, "control", {"machine": 0}))
+    first = {name: rank for rank, name in reversed(machines.items())}
+    speakers = tell(comm, [first[name] for name in machines.values()] or [0] * len(comm.members), _wide(len(comm.members)))
     lacks, error = {0: 0.0}, 0.0
     for speaker in sorted(set(speakers) - {0}):
         lacks[speaker], bound = min((_ask(comm, speaker) for _ in range(TRIES)), key=lambda answer: answer[1])
         error = max(error, bound)
-    return {rank: own + lacks[speaker] for rank, speaker in enumerate(speakers)}, error
+    return {rank: own + lacks[speaker] for rank, speaker in zip(comm.members, speakers, strict=True)}, error
 
 
 def _wide(size: int) -> Label:

@@ -18,3 +18,7 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A failure in the middle of a run: a peer that is gone, a frame that is not valid, a message that is too late."""
+
+
+class TransportError(RunError):
+    """A collective that broke: a peer is gone, silent or late. Where ranks heal, the round is played again with those who are left."""

@@ -8,12 +8,12 @@ Coordinates that are lacked by the same clients in every round travel together a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from slora_dist.aggregate.factors import Pair
 from slora_dist.aggregate.rules import HEAD, Behaviour, Kinds, behaviour, width
 from slora_dist.config import AnyPhase, Config, WireConfig
-from slora_dist.roundplan import sample
+from slora_dist.roundplan import absent, sample
 from slora_dist.support import Part, Slot, Support
 from slora_dist.wire import Wires
 
@@ -28,14 +28,27 @@ class Message:
 
 
 class Exchange:
-    """The messages of the phase that begins with round ``first`` of the run and moves ``coordinates``, of which ``pairs`` are factors."""
+    """The messages of the phase that begins with round ``first`` of the run and moves ``coordinates``, of which ``pairs`` are factors.
 
-    def __init__(self, config: Config, phase: AnyPhase, first: int, coordinates: Support, pairs: Sequence[Pair]) -> None:
+    ``members`` of ``size`` ranks are there; ``among(size, members)`` is the same phase with others.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        phase: AnyPhase,
+        first: int,
+        coordinates: Support,
+        pairs: Sequence[Pair],
+        size: int = 1,
+        members: Sequence[int] = (0,),
+    ) -> None:
         self.first, self.rounds, self.coordinates = first, phase.rounds, coordinates
         self._folded = _folded(pairs, width(phase, config.sampled), config.comm.wire)
         self._everybody = tuple(range(config.clients.count))
         self.behaviour: Behaviour = behaviour(phase)
-        self._sample = cache(lambda number: sample(config, number))
+        self._sample = cache(lambda number: sample(config, number, absent(config, number, size, members)))
+        self.among = partial(Exchange, config, phase, first, coordinates, pairs)
         self._part = cache(coordinates.part)
         self._wires = cache(lambda kinds: Wires.of(self._part(kinds).support, config.comm.wire))
 

@@ -22,10 +22,11 @@ def spread(
     comm: Metered, layers: Sequence[str], factor: Callable[[Sequence[str]], Mapping[str, Factors]], label: Label
 ) -> dict[str, Factors]:
     """Return on rank 0 ``factor`` of all ``layers``, each done by one rank; elsewhere nothing. Raises ``RunError`` if some are missing."""
-    mine = {f"{layer}/{part}": tensor for layer, found in factor(layers[comm.rank :: comm.size]).items() for part, tensor in _pack(found)}
+    shares = {rank: layers[at :: len(comm.members)] for at, rank in enumerate(comm.members)}
+    mine = {f"{layer}/{part}": tensor for layer, found in factor(shares[comm.rank]).items() for part, tensor in _pack(found)}
     found: dict[str, Factors] = {}
     for rank, wire in gather_bytes(comm, save(mine), label).items():
-        tensors, own = load(wire), layers[rank :: comm.size]
+        tensors, own = load(wire), shares[rank]
         if set(tensors) != {f"{layer}/{part}" for layer in own for part in PARTS}:
             raise RunError(f"rank {rank} sent other factors than those of its layers")
         found |= {layer: _unpack(*(tensors[f"{layer}/{part}"] for part in PARTS)) for layer in own}

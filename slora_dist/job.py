@@ -14,6 +14,7 @@ from slora_dist.comm.base import Communicator
 from slora_dist.comm.metered import Metered
 from slora_dist.comm.sealed import Sealed
 from slora_dist.comm.shaped import Shaped
+from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
 from slora_dist.ending import Where
@@ -49,17 +50,18 @@ class Job:
         sleeps, limit = config.network.mode == "sleep", config.network.server_mbit or inf
         self.shaped = Shaped(self.sealed or comm, config.network.routing, limit) if sleeps else None
         self.comm = Metered(self.shaped or self.sealed or comm, ledger, self.sealed.carried if self.sealed else int)
+        self.group = comm if isinstance(comm, TorchComm) and comm.generations else None
         self.checkpoint: Checkpoint | None = None
         self.tracker: Scalars | None = None
 
-    def run(self, resume: bool, stop_after: int | None, track: str | None = None) -> None:
+    def run(self, resume: bool, stop_after: int | None, track: str | None = None) -> bool:
         """Play the run to its end, or to round ``stop_after``; ``track`` names a tracker that gets every round as it ends.
 
-        With ``resume`` it goes on from the last checkpoint, where there is one.
+        With ``resume`` it goes on from the last checkpoint, where there is one. Returns whether all ranks were there at the end.
 
         Raises ``ConfigError`` on all ranks alike, before any training.
         """
-        session = self.prepare(resume, track)
+        session = self._join() if self.group and self.group.generations and self.group.generations.joins else self.prepare(resume, track)
         done = self.checkpoint.values["round"] if self.checkpoint else 0
         with show.Progress(session.rounds, done) if session.is_root else nullcontext() as progress:
             for record in session.play(self.checkpoint, stop_after):
@@ -71,6 +73,14 @@ class Job:
             self.tracker.close()
         if session.is_root:
             self._leave_results(session)
+        return len(self.comm.members) == self.comm.size
+
+    def _join(self) -> Session:
+        """Return the session of a rank that joins a run under way, once the others have taken it in."""
+        assert self.group
+        session = self._prepare(resume=False)
+        self.group.regroup()
+        return session
 
     def prepare(self, resume: bool, track: str | None = None) -> Session:
         """Return the session once all ranks are ready for it; raises the first rank's ``ConfigError`` on all of them."""
@@ -98,7 +108,7 @@ class Job:
         for phase in self.config.method.resolved():
             methods.support(phase, classifier, self.config.method, self.config.run.seed)
         network = Network(self.config, self.shaped)
-        seat = Seat(self.config, self.comm, classifier, federation, self.folder, self.device, self.where, network)
+        seat = Seat(self.config, self.comm, classifier, federation, self.folder, self.device, self.where, network, self.group, self.sealed)
         if seat.is_root:
             seat.test = federation.test()
             self._open_folder(resume)
@@ -118,6 +128,7 @@ class Job:
             show.stopped(self.folder)
             return
         summary = summarize(self.config, self.folder, session.seat.classifier, session.seat.switch, self.comm.size)
+        summary["lost"] = session.seat.lost
         export.write(result, self.folder.adapter)
         self.folder.write_summary(summary)
         self.folder.write_parquet()

@@ -36,8 +36,10 @@ class Journal:
 
     def take(self, number: int) -> bytes:
         """Return the notes since the last call as JSON, and forget them; kernel counters are those of round ``number``."""
+        broken, self.ledger.broken = self.ledger.broken, []
         notes = {
-            "entries": [{**vars(entry), "label": vars(entry.label), "timing": vars(entry.timing)} for entry in self.ledger.take()],
+            "entries": [_noted(entry) for entry in self.ledger.take()],
+            "broken": [_noted(entry) for entry in broken],
             "spans": self._spans,
             "counters": {"host": socket.gethostname(), "round": number, **self._counters.since()},
             "place": self._place,
@@ -58,7 +60,14 @@ def settle(notes: Mapping[int, bytes], shifts: Mapping[int, float]) -> dict[str,
         for rank, rows in parsed.items()
         for span in rows["spans"]
     ]
-    return {"ledger": _lines(entries, shifts), "timeline": timeline, "counters": _counters(parsed)}
+    broken = [
+        line(rank, entry, entry.timing.began + shifts[rank], 0.0) for rank, rows in parsed.items() for entry in map(_entry, rows["broken"])
+    ]
+    return {"ledger": _lines(entries, shifts) + broken, "timeline": timeline, "counters": _counters(parsed)}
+
+
+def _noted(entry: Entry) -> Row:
+    return {**vars(entry), "label": vars(entry.label), "timing": vars(entry.timing)}
 
 
 def _entry(row: Row) -> Entry:

@@ -6,11 +6,12 @@ one copy of a broadcast for a rank that plays several clients. Headers, fingerpr
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Direction = Literal["up", "down", "control"]
 Row = dict[str, Any]
+BROKEN = "broken"  # the kind of what travelled in a round that was broken off
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,18 @@ class Ledger:
 
     rank: int
     entries: list[Entry] = field(default_factory=list)
+    broken: list[Entry] = field(default_factory=list)  # of rounds that were broken off
 
     def add(self, label: Label, op: str, clients: int, transport_bytes: int, timing: Timing, varying: dict[str, int] | None = None) -> None:
         """Note one collective in which this rank played ``clients`` clients."""
         self.entries.append(Entry(label, op, clients, transport_bytes, timing, varying or {}))
+
+    def break_off(self) -> None:
+        """Turn what was noted since the last ``take`` into bytes of collectives that came to nothing: their round is played again."""
+        for entry in self.entries:
+            label = Label(entry.label.phase, entry.label.round, "control", {BROKEN: sum(entry.label.by_kind.values())})
+            self.broken.append(replace(entry, label=label, timing=Timing(entry.timing.began, entry.timing.seconds)))
+        self.entries = []
 
     def take(self) -> list[Entry]:
         """Return the entries since the last call, and forget them."""

@@ -1,6 +1,6 @@
 """Who trains where in a round: a pure function of (seed, round), computed alike on every rank and never sent."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from slora_dist.config import Config
@@ -31,19 +31,26 @@ def home(client: int, size: int) -> int:
     return workers(size)[client % len(workers(size))]
 
 
-def sample(config: Config, number: int) -> tuple[int, ...]:
-    """Return the clients of round ``number`` (from 1), ascending: K of N, uniform, without replacement."""
+def absent(config: Config, number: int, size: int, members: Sequence[int]) -> set[int]:
+    """Return the clients that are not there in round ``number``: those of ranks that have died, and those that are away as planned."""
+    here = set(members)
+    gone = {client for client in range(config.clients.count) if home(client, size) not in here} if len(here) < size else set[int]()
+    return gone | {client for client, (first, *last) in config.clients.away.items() if first <= number and (not last or number <= last[0])}
+
+
+def sample(config: Config, number: int, gone: Collection[int] = ()) -> tuple[int, ...]:
+    """Return the clients of round ``number`` (from 1), ascending: K of N without those who are ``gone``, uniform, without replacement."""
     order = permutation(config.clients.count, derive(config.run.seed, "sample", number))
-    return tuple(sorted(int(client) for client in order[: config.sampled]))
+    return tuple(sorted([int(client) for client in order if client not in gone][: config.sampled]))
 
 
-def plan_round(config: Config, number: int, size: int, examples: Sequence[int] | None) -> RoundPlan:
-    """Plan round ``number`` (from 1) for ``size`` ranks.
+def plan_round(config: Config, number: int, size: int, examples: Sequence[int] | None, members: Sequence[int] | None = None) -> RoundPlan:
+    """Plan round ``number`` (from 1) for ``size`` ranks, of which ``members`` are left.
 
     With ``examples`` (documents of each client) the clients are spread so that the most loaded rank has little more than its share:
     the largest first, each to the least loaded rank. A client whose file or state is only there stays at its home.
     """
-    clients = sample(config, number)
+    clients = sample(config, number, absent(config, number, size, range(size) if members is None else members))
     if config.at_home or examples is None:
         return RoundPlan(clients, tuple(home(client, size) for client in clients))
     ranks = dict(zip(clients, workers(size), strict=False)) if len(clients) <= len(workers(size)) else _spread(clients, size, examples)

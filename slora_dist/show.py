@@ -82,6 +82,8 @@ def finished(folder: RunFolder, summary: dict[str, Any]) -> None:
         text = f"at the switch  {_at_switch(summary, 'before')} before, {_at_switch(summary, 'after')} after"
         kept = switch["kept_energy_total"]
         console.print(text + (f"; the factors keep {kept:.1%} of the update's energy" if kept is not None else ""), highlight=False)
+    for lost in summary["lost"]:
+        print(f"lost     rank {lost['rank']} with clients {lost['clients']} in round {lost['round']}: {lost['reason']}")
     print(f"adapter  {folder.adapter}")
     print(f"report   {folder.path / 'summary.json'}")
 

@@ -140,7 +140,7 @@ def choose(comm: Metered, wire: Wire | TopK, phase: str, number: int) -> str:
         return "gather"
     probe_B = torch.zeros(max(8, min(wire.nbytes, PROBE_BYTES)) // 8 * 8, dtype=torch.uint8)
     label = Label(phase, number, "control", {"probe": probe_B.numel()})
-    senders = range(1, comm.size)
+    senders = comm.members[1:]
 
     def gathered() -> None:
         for _ in comm.gather([probe_B] if comm.rank else [], senders, label, probe_B.numel()):

@@ -51,11 +51,12 @@ def key(line: Row) -> Key:
 
 @dataclass(frozen=True)
 class Life:
-    """The rounds ``first`` to ``last`` as ``size`` ranks played them in one go."""
+    """The rounds ``first`` to ``last`` as the ranks ``members`` of ``size`` played them in one go: the others had died."""
 
     first: int
     last: int
     size: int
+    members: tuple[int, ...]
 
 
 class Protocol:
@@ -81,12 +82,15 @@ class Protocol:
         """Return the phase of round ``number``."""
         return next(phase for phase in reversed(self.phases) if phase["first"] <= number)
 
-    def round_plan(self, number: int, size: int) -> RoundPlan:
+    def round_plan(self, number: int, life: Life) -> RoundPlan:
         """Return who plays in round ``number``."""
-        return plan_round(self.config, number, size, self.sizes)
+        return plan_round(self.config, number, life.size, self.sizes, life.members)
 
-    def lives(self, ledger: Sequence[Row], done: int) -> list[Life]:
-        """Find the lives of a run of ``done`` rounds: every one tells its position and compares fingerprints where it begins."""
+    def lives(self, ledger: Sequence[Row], done: int, missing: Mapping[int, Sequence[int]]) -> list[Life]:
+        """Find the lives of a run of ``done`` rounds: every one tells its position and compares fingerprints where it begins.
+
+        ``missing[number]`` are the ranks that had died by round ``number``, as its record says.
+        """
         opening = {(phase["phase"], phase["first"]) for phase in self.phases}
         starts = {
             line["round"]
@@ -95,11 +99,12 @@ class Protocol:
         }
         firsts = sorted({1} | {number for number in starts if 1 < number <= done})
         lasts = [number - 1 for number in firsts[1:]] + [done]
-        return [Life(first, last, _size(ledger, first, last)) for first, last in zip(firsts, lasts, strict=True) if first <= last]
+        spans = [(first, last) for first, last in zip(firsts, lasts, strict=True) if first <= last]
+        return [_life(first, last, ledger, missing) for first, last in spans]
 
     def lines(self, life: Life, collective: Callable[[str], str]) -> Iterator[Want]:
         """Yield the lines of a life from its first round on. ``collective(phase)`` is how its updates were uploaded."""
-        ranks = _Ranks(life.size, self.carried)
+        ranks = _Ranks(life, self.carried)
         yield from self._start(life, ranks)
         for number in range(life.first, life.last + 1):
             phase = self.phase(number)
@@ -143,9 +148,9 @@ class Protocol:
         yield from ranks.gather(number, name, "control", {"fingerprint": FINGERPRINT_BYTES}, [1] * size, FINGERPRINT_BYTES)
 
     def _round(self, phase: Row, number: int, ranks: "_Ranks", collective: str) -> Iterator[Want]:
-        plan = self.round_plan(number, ranks.size)
+        plan = self.round_plan(number, ranks.life)
         clients = [len(plan.played_by(rank)) for rank in range(ranks.size)]
-        name, exchange = phase["phase"], phase["messages"]
+        name, exchange = phase["phase"], phase["messages"].among(ranks.size, ranks.life.members)
         for message in exchange.down(number):
             concerned = [len(set(plan.played_by(rank)) & set(message.clients)) for rank in range(ranks.size)]
             yield from ranks.broadcast(number, name, "down", message.wires.down.by_kind(), concerned)
@@ -171,20 +176,25 @@ class Protocol:
 class _Ranks:
     """The lines of one collective on all ranks."""
 
-    size: int
+    life: Life
     carried: Callable[[int], int]  # bytes that travel for a message of so many
+
+    @property
+    def size(self) -> int:
+        """All ranks, dead ones too: lists of clients have an entry for each."""
+        return self.life.size
 
     def broadcast(
         self, number: int, phase: str, direction: str, by_kind: Mapping[str, int | None], clients: Sequence[int]
     ) -> Iterator[Want]:
         nbytes = sum(count or 0 for count in by_kind.values())
-        for rank in range(self.size):
+        for rank in self.life.members:
             yield Want(number, rank, phase, "broadcast", direction, by_kind, clients[rank], self.carried(nbytes) if self.size > 1 else 0)
 
     def reduce(
         self, number: int, phase: str, direction: str, by_kind: Mapping[str, int | None], clients: Sequence[int], nbytes: int
     ) -> Iterator[Want]:
-        for rank in range(self.size):
+        for rank in self.life.members:
             yield Want(number, rank, phase, "reduce", direction, by_kind, clients[rank], nbytes if self.size > 1 else 0)
 
     def gather(
@@ -198,18 +208,20 @@ class _Ranks:
         needed: bool = True,
         header: bool = False,
     ) -> Iterator[Want]:
-        for rank in range(self.size):
-            moved = clients[rank] if rank else sum(clients[1:])
+        for rank in self.life.members:
+            moved = clients[rank] if rank else sum(clients[other] for other in self.life.members[1:])
             transport = FREE if nbytes is FREE else moved * self.carried(nbytes) if nbytes else 0
             yield Want(
                 number, rank, phase, "gather", direction, by_kind, clients[rank], transport, needed, HEADER_BYTES * clients[rank] * header
             )
 
 
-def _size(ledger: Sequence[Row], first: int, last: int) -> int:
-    """Return the number of ranks in most of the rounds."""
+def _life(first: int, last: int, ledger: Sequence[Row], missing: Mapping[int, Sequence[int]]) -> Life:
+    """Return a life with the number of ranks in most of its rounds."""
+    dead = set(missing.get(first, ()))
     most: dict[int, int] = {}
     for line in ledger:
         if first <= line["round"] <= last and line["phase"] != "start":
             most[line["round"]] = max(most.get(line["round"], 0), line["rank"] + 1)
-    return Counter(most.values()).most_common(1)[0][0] if most else 1
+    size = max(Counter(most.values()).most_common(1)[0][0] if most else 1, *(rank + 1 for rank in dead), 1)
+    return Life(first, last, size, tuple(rank for rank in range(size) if rank not in dead))

@@ -38,7 +38,7 @@ def _sockets(run: Run, lives: list[Life]) -> Iterator[str]:
         moved, settled = _moved(run, life, life.last), _moved(run, life, life.last - 1)
         counts = [line for line in run.counters if life.first <= line["round"] <= life.last]
         sent, received = (_by_rank(counts, field) for field in ("sent_bytes", "received_bytes"))
-        for rank in range(life.size):
+        for rank in life.members:
             if received[rank] < moved.received[rank]:
                 yield f"{rounds}, rank {rank}: sockets received {received[rank]} bytes, the ledger has {moved.received[rank]}"
             if sent[rank] < settled.sent[rank]:
@@ -74,7 +74,7 @@ def _moved(run: Run, life: Life, last: int) -> Moved:
 def interfaces(run: Run) -> Iterator[str] | None:
     """Where every rank has a host of its own, the host's interfaces carried what the ledger says."""
     hosts = {line["rank"] for line in run.counters if line["interfaces"]}
-    lives = [life for life in run.lives if life.size > 1 and hosts >= set(range(life.size))]
+    lives = [life for life in run.lives if life.size > 1 and hosts >= set(life.members)]
     return _interfaces(run, lives) if lives else None
 
 
@@ -86,7 +86,7 @@ def _interfaces(run: Run, lives: list[Life]) -> Iterator[str]:
                 for interface, bytes_by_way in line["interfaces"].items():
                     for way, nbytes in bytes_by_way.items() if interface != "lo" else ():
                         counts[line["rank"], way] += nbytes
-        for rank in range(life.size):
+        for rank in life.members:
             for way, least in (("rx_bytes", moved.received[rank]), ("tx_bytes", moved.sent[rank])):
                 if counts[rank, way] < least:
                     where = f"counters.jsonl: rounds {life.first} to {life.last}, rank {rank}"

@@ -100,16 +100,22 @@ def _starts(run: Run, lines: dict[Key, list[Row]]) -> Iterator[str]:
     sizes = [life.size for life in run.lives]
     for rank in sorted({which[1] for which in lines} | set(range(max(sizes, default=0)))):
         counts = Counter({which[2:]: len(found) for which, found in lines.items() if which[1] == rank})
-        usual = Counter(counts[which] for which in _AGREEMENT).most_common(1)[0][0]
-        starts = max(usual, sum(size > rank for size in sizes))
-        wanted = dict.fromkeys(_AGREEMENT, starts) | dict.fromkeys(_CLOCKS, max(counts[which] for which in _CLOCKS) // TRIES * TRIES)
-        wanted |= dict.fromkeys(_ADMISSION, starts if any(counts[which] for which in _ADMISSION) else 0)
+        wanted = _agreements(run, rank, counts) | dict.fromkeys(_CLOCKS, max(counts[which] for which in _CLOCKS) // TRIES * TRIES)
+        wanted |= dict.fromkeys(_ADMISSION, min(wanted[which] for which in _AGREEMENT) if any(counts[which] for which in _ADMISSION) else 0)
         for which in sorted(counts.keys() | wanted.keys()):
             if counts[which] != wanted.get(which, 0):
                 yield _count((0, rank, *which), counts[which], wanted.get(which, 0))
     for found in lines.values():
         for line in found:
             yield from _figures(line, _start_figures(run, line, sizes))
+
+
+def _agreements(run: Run, rank: int, counts: Counter[tuple[str, str, str, str]]) -> dict[tuple[str, str, str, str], int]:
+    """Return how often a rank must have agreed on a start; those who heal begin anew without asking whether all is well."""
+    if run.config.clients.min_clients:
+        return {which: max(counts[other] for other in _AGREEMENT if other[3] == which[3]) for which in _AGREEMENT}
+    usual = Counter(counts[which] for which in _AGREEMENT).most_common(1)[0][0]
+    return dict.fromkeys(_AGREEMENT, max(usual, sum(life.size > rank for life in run.lives)))
 
 
 def _start_figures(run: Run, line: Row, sizes: Sequence[int]) -> dict[str, int | None]:

@@ -2,8 +2,9 @@
 
 import json
 
-from slora_dist.audit.expected import Protocol
+from slora_dist.audit.expected import Life, Protocol
 from slora_dist.data.federation import Federation, class_names
+from slora_dist.ledger import BROKEN
 from slora_dist.model import shell, tokenizer
 from slora_dist.plan import exchanges, plan
 from slora_dist.runfolder import RunFolder
@@ -23,13 +24,13 @@ class Run:
         self.done = len(self.metrics)
         self.finished = (folder.path / "summary.json").exists()
         unwritten = None if self.finished else self.done + 1  # a round without a record: its lines go when the run is resumed
-        self.ledger, self.counters = (
-            [line for line in folder.lines(name) if line["round"] != unwritten] for name in ("ledger", "counters")
-        )
+        ledger, self.counters = ([line for line in folder.lines(name) if line["round"] != unwritten] for name in ("ledger", "counters"))
+        self.ledger = [line for line in ledger if line["kind"] != BROKEN]  # a round that was broken off obeys no protocol
+        missing = {record["round"]: record["missing"]["ranks"] for record in self.metrics if "missing" in record}
         sizes = Federation(self.config, tokenizer(self.config.model)).sizes
         self.protocol = Protocol(self.config, self.plan, exchanges(self.config, self.classifier), sizes)
-        self.lives = self.protocol.lives(self.ledger, self.done)
+        self.lives = self.protocol.lives(self.ledger, self.done, missing)
 
-    def size(self, number: int) -> int:
-        """Return the number of ranks that played round ``number``."""
-        return next((life.size for life in self.lives if life.first <= number <= life.last), 1)
+    def life(self, number: int) -> Life:
+        """Return the life that played round ``number``."""
+        return next((life for life in self.lives if life.first <= number <= life.last), Life(number, number, 1, (0,)))

@@ -66,7 +66,7 @@ def records(run: Run) -> Iterator[str]:
         number = record["round"]
         wanted = {
             "phase": run.protocol.phase(number)["phase"],
-            "clients": list(run.protocol.round_plan(number, run.size(number)).clients),
+            "clients": list(run.protocol.round_plan(number, run.life(number)).clients),
             "payload_bytes": {way: moved[number, way] for way in WAYS},
         }
         for field, value in wanted.items():

@@ -5,12 +5,17 @@ from collections.abc import Mapping
 import torch
 
 from slora_dist.comm.base import Communicator
+from slora_dist.comm.lifeline import Healing
 from slora_dist.errors import ConfigError
 from slora_dist.world import World, rendezvous
 
 
-def connect(backend: str, world: World, environ: Mapping[str, str], timeout: float, device: torch.device) -> Communicator:
+def connect(
+    backend: str, world: World, environ: Mapping[str, str], timeout: float, device: torch.device, healing: Healing | None = None
+) -> Communicator:
     """Return this rank's communicator for ``comm.backend``; ``timeout`` is seconds of one operation.
+
+    With ``healing`` ranks on gloo that no agent watches can form a new group when one dies (``TorchComm.regroup``).
 
     Raises ``ConfigError`` where backend, launcher and devices do not fit together, ``RunError`` when ranks do not come together.
     """
@@ -23,10 +28,17 @@ def connect(backend: str, world: World, environ: Mapping[str, str], timeout: flo
         from slora_dist.comm.mpi_comm import MpiComm  # mpi4py is an extra, and importing it starts MPI
 
         return MpiComm(world, timeout)
-    from slora_dist.comm.torch_comm import TorchComm, open_store
+    from slora_dist.comm.torch_comm import TorchComm, open_lifeline, open_store
 
     host, port = rendezvous(environ, world)
-    return TorchComm(chosen, world.rank, world.size, open_store(host, port, world, environ), timeout, device)
+    store = open_store(host, port, world, environ)
+    lifeline = open_lifeline(host, store, world, healing) if healing and chosen == "gloo" and not watched(environ) else None
+    return TorchComm(chosen, world.rank, world.size, store, timeout, device, lifeline=lifeline)
+
+
+def watched(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent watches this rank: it ends all its ranks when one dies."""
+    return "TORCHELASTIC_RUN_ID" in environ
 
 
 def choose(backend: str, world: World, device: torch.device) -> str:

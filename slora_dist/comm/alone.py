@@ -14,6 +14,7 @@ class Alone:
     """The communicator without a transport."""
 
     rank, size, name = 0, 1, "alone"
+    members: Sequence[int] = (0,)
 
     def __init__(self, bucket: int = BUCKET) -> None:
         assert bucket > 0 and bucket % 64 == 0

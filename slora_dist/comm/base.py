@@ -10,7 +10,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from slora_dist.errors import RunError
+from slora_dist.errors import RunError, TransportError
 
 BUCKET = 4 << 20  # bytes of a chunk: large against latency, small against a model
 MAX_MESSAGE = 64 << 30  # bytes that a peer may announce: above it the announcement is taken for damaged
@@ -23,14 +23,18 @@ Chunk = tuple[int, int, Tensor]  # message index, offset of the chunk in its mes
 class Communicator(Protocol):
     """The ranks of a run. Rank 0 is the root, always; every operation is called by all ranks in the same order.
 
-    Whatever breaks in the transport, or takes longer than the time-out, ends in ``RunError`` naming rank, operation and, where known,
-    the peer. After a ``RunError`` the communicator is of no use any more: call ``abort``.
+    Whatever breaks in the transport, or takes longer than the time-out, ends in ``TransportError`` naming rank, operation and, where known,
+    the peer. After it the communicator is of no use any more: call ``regroup`` where it ``heals``, else ``abort``.
     """
 
     rank: int
-    size: int
+    size: int  # ranks with which the run began
     name: str  # alone, gloo, nccl or mpi
     bucket: int  # bytes of a gathered chunk, at most
+
+    @property
+    def members(self) -> Sequence[int]:
+        """The ranks that are there, ascending: all, unless some have died and the others have formed a new group."""
 
     def broadcast(self, wire_B: Tensor) -> None:
         """Overwrite ``wire_B`` on every rank by that of rank 0. Flat contiguous uint8 on any device, of the same size on all ranks."""
@@ -84,15 +88,15 @@ def check_summable(values: Tensor) -> None:
 
 @contextmanager
 def failing(rank: int, op: str, peer: int | None = None) -> Iterator[None]:
-    """Turn any failure of the transport inside into a ``RunError`` that says who was doing what with whom."""
+    """Turn any failure of the transport inside into a ``TransportError`` that says who was doing what with whom."""
     try:
         yield
     except RunError:
         raise
     except RuntimeError as error:
         whom = "" if peer is None else f" with rank {peer}"
-        cause = str(error).partition("\n")[0]
-        raise RunError(f"rank {rank}: {op}{whom} failed: {cause}") from error
+        cause = str(error).partition("\n")[0].partition(" This is typically")[0]  # gloo goes on with advice
+        raise TransportError(f"rank {rank}: {op}{whom} failed: {cause}") from error
 
 
 @contextmanager

@@ -19,6 +19,11 @@ class Metered:
         self.rank, self.size = comm.rank, comm.size
         self.seconds = 0.0  # spent inside the transport since the caller last set it to zero
 
+    @property
+    def members(self) -> Sequence[int]:
+        """The ranks that are there, ascending."""
+        return self.comm.members
+
     def broadcast(self, wire_B: Tensor, label: Label, clients: int) -> None:
         """Fill ``wire_B`` on every rank with rank 0's; ``clients`` of this rank receive it."""
         began = time.perf_counter()

@@ -52,6 +52,7 @@ class MpiComm:
         self._ranks.Set_errhandler(self._mpi.ERRORS_RETURN)
         self.rank: int = self._ranks.Get_rank()
         self.size: int = self._ranks.Get_size()
+        self.members: Sequence[int] = range(self.size)
         self.timeout, self.bucket, self.max_message = timeout, bucket, max_message
         check_size(world, self.size)
         self._sender = ThreadPoolExecutor(1, "mpi-sender")

@@ -41,6 +41,11 @@ class Sealed:
         self._sealed = 0  # frames
         self._generation = self._operation = 0
 
+    @property
+    def members(self) -> Sequence[int]:
+        """The ranks that are there, ascending."""
+        return self.comm.members
+
     def restart(self, generation: int) -> None:
         """Count operations anew: the ranks that are left have formed process group number ``generation``."""
         self._generation, self._operation = generation, 0

@@ -23,6 +23,11 @@ class Shaped:
         self.rank, self.size, self.name, self.bucket = comm.rank, comm.size, comm.name, comm.bucket
         self.links: Mapping[int, Link] = {}
 
+    @property
+    def members(self) -> Sequence[int]:
+        """The ranks that are there, ascending."""
+        return self.comm.members
+
     def broadcast(self, wire_B: Tensor) -> None:
         """Broadcast, and go on when this rank's link would have delivered it."""
         self.comm.broadcast(wire_B)

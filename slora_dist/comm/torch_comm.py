@@ -23,6 +23,9 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from slora_dist.comm import stream
 from slora_dist.comm.alone import leave
 from slora_dist.comm.base import BUCKET, INIT_SECONDS, MAX_MESSAGE, Chunk, check_summable, check_wire, failing, staged
+from slora_dist.comm.generations import Generations
+from slora_dist.comm.lifeline import Healing, Lifeline, RankLifeline, RootLifeline
+from slora_dist.errors import RunError
 from slora_dist.world import World
 
 BACKLOG = 1024  # ranks that may knock at the same moment
@@ -54,7 +57,8 @@ class TorchComm:
     """One rank of a process group with all ranks.
 
     ``store`` is the one that all ranks share. ``timeout`` is seconds of one operation; coming together may take ``INIT_SECONDS``.
-    ``device`` is this rank's CUDA device for nccl, and not used by gloo. ``bucket`` is a multiple of 64 bytes.
+    ``device`` is this rank's CUDA device for nccl, and not used by gloo. ``bucket`` is a multiple of 64 bytes. With a ``lifeline`` (gloo
+    only) those who are left can form the group anew; a rank that joins a run under way is in no group before that.
     """
 
     def __init__(
@@ -67,14 +71,34 @@ class TorchComm:
         device: torch.device | None = None,
         bucket: int = BUCKET,
         max_message: int = MAX_MESSAGE,
+        lifeline: Lifeline | None = None,
     ) -> None:
         assert bucket > 0 and bucket % 64 == 0
         self.rank, self.size, self.name = rank, size, backend
+        self.members: Sequence[int] = range(size)
         self.timeout, self.bucket, self.max_message = timeout, bucket, max_message
         self.device = device if backend == "nccl" and device else torch.device("cpu")
-        with failing(rank, "connect"):
-            _call_roll(store, rank, size)
-            self._join(store)
+        self._store, self.generations = store, Generations(lifeline, timeout) if lifeline else None
+        if self.generations is None:
+            with failing(rank, "connect"):
+                _call_roll(store, rank, size)
+                self._join(PrefixStore("slora_dist", store))
+        elif not self.generations.joins:
+            self.regroup(INIT_SECONDS)
+
+    def regroup(self, seconds: float | None = None) -> None:
+        """Leave the group, and form the next one with all ranks that are there then; who trains meanwhile is waited for.
+
+        Raises ``TransportError`` when one of them dies just then (call again), another ``RunError`` when this rank is on its own.
+        """
+        assert self.generations
+        self.generations.leave()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        with self.generations.next(self.rank, seconds) as meeting, failing(self.rank, "regroup"):
+            self.members = meeting.members
+            fresh = self._store.clone()  # type: ignore[attr-defined]  # a connection of its own, which may be cut with the others
+            self._join(PrefixStore(f"slora_dist/{meeting.generation}", fresh))
 
     def _join(self, store: Store) -> None:
         on_gpu = self.device.type == "cuda"
@@ -83,9 +107,9 @@ class TorchComm:
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else a late peer kills the process instead of raising here
         dist.init_process_group(
             self.name,
-            store=PrefixStore("slora_dist", store),
-            rank=self.rank,
-            world_size=self.size,
+            store=store,
+            rank=self.members.index(self.rank),
+            world_size=len(self.members),
             timeout=NCCL_PATIENCE if on_gpu else timedelta(seconds=self.timeout),
             device_id=self.device if on_gpu else None,
         )
@@ -123,6 +147,8 @@ class TorchComm:
         """Wait for all ranks, so that none cuts a connection in use, and leave the group."""
         self.barrier()
         dist.destroy_process_group()
+        if self.generations:
+            self.generations.lifeline.close()
 
     def send(self, chunk_b: Tensor, turns: int) -> stream.Transfer:
         """Start to send to rank 0 (see ``stream.Link``)."""
@@ -137,7 +163,7 @@ class TorchComm:
     def _transfer(self, op: Callable[..., Any], staged_b: Tensor, target_b: Tensor, peer: int, seconds: float) -> _Transfer:
         posted = time.monotonic()
         with failing(self.rank, "gather", peer):  # batched even though it is one: unbatched, nccl opens a communicator per pair of ranks
-            works = dist.batch_isend_irecv([dist.P2POp(op, staged_b, peer)])
+            works = dist.batch_isend_irecv([dist.P2POp(op, staged_b, self.members.index(peer))])
         return _Transfer(self.rank, peer, seconds, posted, works, staged_b, target_b)
 
     def _collective(self, op: str, values: Tensor, start: Callable[[Tensor], dist.Work | None]) -> None:
@@ -182,6 +208,21 @@ def _listen(host: str, port: int, world: World) -> int:
 
 def _serve(address: str, port: int, family: int) -> int:
     return socket.create_server((address, port), family=family, backlog=BACKLOG).detach()
+
+
+def open_lifeline(host: str, store: Store, world: World, healing: Healing) -> Lifeline:
+    """Return this rank's end of the lifeline, which rank 0 serves at ``host``. Its port is in the store, which nobody has to trust."""
+    with failing(world.rank, "connect", 0 if world.rank else None):
+        if world.rank == 0:
+            root = RootLifeline(socket.socket(fileno=_listen(host, 0, world)), world.size, healing)
+            store.set("lifeline", str(root.port))
+            return root
+        store.wait(["lifeline"], timedelta(seconds=INIT_SECONDS))
+        port = store.get("lifeline")
+        try:
+            return RankLifeline(host, int(port), world.rank, healing, INIT_SECONDS)
+        except (OSError, ValueError) as error:
+            raise RunError(f"rank {world.rank}: connect with rank 0 failed: no lifeline at {host}:{port[:8]!r} ({error})") from error
 
 
 def _call_roll(store: Store, rank: int, size: int) -> None:

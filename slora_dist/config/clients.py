@@ -16,4 +16,13 @@ class ClientsConfig(Section):
     steps: int | None = Field(None, ge=1, description="Local optimiser steps each round, in place of epochs.")
     batch_size: int = Field(32, ge=1, description="Documents in a local step.")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Local optimiser, made anew each round.")
+    min_clients: int | None = Field(
+        None,
+        ge=1,
+        description="Go on without a rank that dies, and without its clients, as long as so many clients are left. Ranks on gloo that no agent watches: srun tasks, `launch/ranks.sh`. Every client then stays on one rank. Empty: a death ends the run.",
+    )
+    away: dict[int, list[int]] = Field(
+        {},
+        description="Clients that are away as planned, `{client: [first, last]}`: rounds in which it cannot be sampled; `[first]` for good. A death that is healed has the same effect.",
+    )
     weight_decay: NonNegative = Field(0.0, description="Weight decay of the local optimiser; it moves trainable weights only.")

@@ -53,6 +53,9 @@ class CommConfig(Section):
         "gather",
         description="Upload: every update to rank 0, added in client order; or summed on the way, in the transport's order (other last bits); `auto` measures both.",
     )
+    client_timeout: Positive = Field(
+        60.0, description="Seconds of silence after which a rank counts as dead, where `clients.min_clients` lets a run go on without it."
+    )
     timeout: Positive = Field(
         1800.0, description="Seconds that a rank waits for another inside one operation; must cover a client's training."
     )

@@ -52,7 +52,8 @@ class Config(Section):
     @property
     def at_home(self) -> bool:
         """Whether every client stays on one rank over the whole run, because its data or its state is only there."""
-        return self.client_files or (self.comm.wire.topk is not None and self.comm.wire.feedback)
+        keeps_state = self.comm.wire.topk is not None and self.comm.wire.feedback
+        return self.client_files or keeps_state or self.clients.min_clients is not None
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
@@ -60,6 +61,14 @@ class Config(Section):
             raise ConfigError(
                 "clients.per_round", f"{self.sampled} sampled of {self.clients.count} clients", f"1 to clients.count = {self.clients.count}"
             )
+        if (self.clients.min_clients or 1) > self.clients.count:
+            raise ConfigError(
+                "clients.min_clients", f"{self.clients.min_clients} of {self.clients.count} clients", f"1 to {self.clients.count}"
+            )
+        for client, span in self.clients.away.items():
+            if not (0 <= client < self.clients.count and len(span) in (1, 2) and 1 <= span[0] <= span[-1]):
+                allowed = f"clients 0 to {self.clients.count - 1}, rounds [first] or [first, last] from 1"
+                raise ConfigError("clients.away", f"client {client}: {span}", allowed)
         if self.model.name is None and "model_type" not in self.model.config:
             raise ConfigError("model.name", "no model", "a folder or name, or `model.config` with a `model_type`")
         if self.data.partition == "natural" and not self.data.client_column and not self.client_files:

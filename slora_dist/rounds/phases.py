@@ -84,7 +84,7 @@ def _enter(seat: Seat, at: int) -> Stage:
     seat.net.to(seat.device)
     first = 1 + sum(earlier.rounds for earlier in seat.phases[:at])
     pairs = methods.pairs(phase, seat.classifier, coordinates)
-    exchange = Exchange(seat.config, phase, first, coordinates, pairs)
+    exchange = Exchange(seat.config, phase, first, coordinates, pairs, seat.comm.size, seat.comm.members)
     seat.where.phase = name
     collective = _collective(seat, exchange.up(first).wires.up, name, first)
     reference_N, held_N = coordinates.reference(seat.net), torch.zeros(coordinates.numel)

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slora_dist import model
 from slora_dist.clientstate import ClientStates
 from slora_dist.comm.metered import Metered
+from slora_dist.comm.sealed import Sealed
+from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
 from slora_dist.data.tokens import Encoded
@@ -38,11 +41,14 @@ class Seat:
         device: torch.device,
         where: Where,
         network: Network,
+        group: TorchComm | None = None,
+        sealed: Sealed | None = None,
     ) -> None:
         self.config, self.comm, self.classifier, self.federation, self.folder = config, comm, classifier, federation, folder
         self.is_root = comm.rank == 0
         self.where, self.journal = where, Journal(comm.ledger)
         self.device, self.network = device, network
+        self.group, self.sealed = group, sealed  # the process group, where it can be formed anew, and the encryption around it
         self.net = classifier.net.to(device)
         self.pad = int(federation.tokenizer.pad_token_id or 0)
         self.phases = config.method.resolved()
@@ -50,12 +56,20 @@ class Seat:
         self.base: dict[str, Tensor] = {}  # rank 0: the base weights that folds have changed, as they are now
         self.switch: dict[str, Any] | None = None
         self.score: Score | None = None
+        self.lost: list[dict[str, Any]] = []  # rank 0: who has died, when and how
         self.test: Encoded | None = None  # rank 0: the held-out documents
 
     @property
     def hosted(self) -> int:
         """How many of all clients this rank answers for, where a message goes to all of them and not to a round's sample."""
         return sum(home(client, self.comm.size) == self.comm.rank for client in range(self.config.clients.count))
+
+    def start_over(self) -> None:
+        """Put the network back to the base weights that every rank begins with, whatever it held."""
+        names, words = self.federation.names, self.federation.tokenizer
+        self.classifier = model.load(self.config.model, names, self.config.run.seed)
+        model.fit(self.classifier, words, self.config.data.max_length)
+        self.net, self.base, self.switch, self.score = self.classifier.net.to(self.device), {}, None, None
 
     def send_down(self, wire: Wire, values_N: Tensor | None, label: Label, clients: int) -> Tensor:
         """Broadcast rank 0's values; every rank, the server included, goes on with what the bytes say."""

@@ -17,12 +17,14 @@ from slora_dist.aggregate.rules import Fold
 from slora_dist.agreement import gather_bytes, tell
 from slora_dist.client import Recipe, train
 from slora_dist.clock import synchronize
+from slora_dist.errors import TransportError
 from slora_dist.evaluate import figures
 from slora_dist.export import Result
 from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
 from slora_dist.roundplan import RoundPlan, plan_round
 from slora_dist.rounds import move, phases
+from slora_dist.rounds.healing import heal, missing
 from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import Checkpoint
 from slora_dist.seeding import derive
@@ -40,6 +42,8 @@ class Session:
         self.config, self.comm, self.folder, self.journal, self.where = seat.config, seat.comm, seat.folder, seat.journal, seat.where
         self.clocks: dict[int, float] = {}  # rank 0: what each rank's monotonic clock lacks to Unix time
         self.clock_error = 0.0  # seconds by which they may be wrong
+        self._finished: dict[int, tuple[Header, Tensor]] = {}  # updates of the round in hand, should it have to be played again
+        self._finished_in = 0
         self._last: Stage | None = None
 
     @property
@@ -53,7 +57,18 @@ class Session:
         return sum(phase.rounds for phase in self.seat.phases)
 
     def play(self, resumed: Checkpoint | None, stop_after: int | None) -> Iterator[dict[str, Any]]:
-        """Play all rounds that are left after the checkpoint ``resumed`` (rank 0's), or up to round ``stop_after``."""
+        """Play all rounds that are left after the checkpoint ``resumed`` (rank 0's), or up to round ``stop_after``.
+
+        Where ranks heal, a collective that breaks is no end: the round is played again with those who are left.
+        """
+        while True:
+            try:
+                yield from self._life(resumed, stop_after)
+                return
+            except TransportError as error:
+                resumed = heal(self.seat, error)
+
+    def _life(self, resumed: Checkpoint | None, stop_after: int | None) -> Iterator[dict[str, Any]]:
         position = [resumed.values["phase"], resumed.values["round"]] if resumed else [0, 0]
         self.clocks, self.clock_error = synchronize(self.comm)
         at, done = tell(self.comm, position, Label("start", position[1] + 1, "control", {"position": 16}))
@@ -85,13 +100,17 @@ class Session:
     def _round(self, stage: Stage, number: int) -> dict[str, Any]:
         """Play one round: broadcast, local training, upload, server step, evaluation, checkpoint."""
         began, self.where.round, self.comm.seconds = time.perf_counter(), number, 0.0
-        plan = plan_round(self.config, number, self.comm.size, self.seat.federation.sizes)
+        if self.seat.group and self.seat.group.generations:
+            self.seat.group.generations.welcome()
+        plan = plan_round(self.config, number, self.comm.size, self.seat.federation.sizes, self.comm.members)
         self.seat.network.begin(plan, number)
         self.where.operation = "broadcast"
         down = self._send_down(stage, number, plan)
         self.where.operation = "upload"
         received, folded = self._upload(stage, number, plan)
         record: dict[str, Any] = {"round": number, "phase": stage.name}
+        if self.config.clients.min_clients or self.config.clients.away:
+            record["missing"] = missing(self.seat, number)
         if received:
             record |= self._judge(stage, number, received)
             nbytes = (down + folded, HEADER_BYTES + stage.exchange.up(number).wires.up.nbytes)
@@ -148,7 +167,12 @@ class Session:
         part.support.require_grad(self.seat.net, stage.coordinates)
         lr = stage.phase.lr * stage.phase.lr_decay ** (number - stage.first)
         recipe = Recipe(self.config.clients, lr, self.config.model.precision == "bfloat16", self.seat.pad)
+        if self._finished_in != number:
+            self._finished, self._finished_in = {}, number
         for client in clients:
+            if client in self._finished:  # before the round broke
+                yield self._finished[client]
+                continue
             self.where.operation = f"training of client {client}"
             seed = derive(self.config.run.seed, "client", number, client)
             documents = self.seat.federation.client(client)
@@ -156,10 +180,12 @@ class Session:
                 update = train(self.seat.net, part.support, part.take(start_N), documents, recipe, seed)
             self.where.operation = "upload"
             header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, wire.nbytes)
+            delta_N = update.delta_N
             if isinstance(wire, TopK) and self.config.comm.wire.feedback:
-                yield header, self._owed(wire, stage, number, client, update.delta_N)
-            else:
-                yield header, update.delta_N
+                delta_N = self._owed(wire, stage, number, client, delta_N)
+            if self.seat.group:
+                self._finished[client] = header, delta_N
+            yield header, delta_N
 
     def _owed(self, wire: TopK, stage: Stage, number: int, client: int, delta_N: Tensor) -> Tensor:
         """Return an update with what the client has not sent so far, and let it keep what it will not send now either."""

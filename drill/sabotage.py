@@ -1,0 +1,173 @@
+"""What is done to a rank from inside, at a given point of a given round. Each returns a saboteur for ``ranks.Ranks``.
+
+The points of a round, in order: ``broadcast`` (before the model comes), ``training`` (before it), ``trained`` (after it), ``upload`` (while
+the message is made), ``ledger`` (while the notes are taken), and on rank 0 ``evaluate`` and ``checkpoint``.
+"""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drill.ranks import Saboteur
+
+POINTS = ("broadcast", "training", "trained", "upload", "ledger")
+ROOT_POINTS = ("broadcast", "evaluate", "ledger", "checkpoint")
+Deed = Callable[[], None]
+
+
+def at(point: str, number: int, deed: Deed, mark: Path) -> Saboteur:
+    """Do ``deed`` once, at a point of round ``number``; leave the time (monotonic) in ``mark`` just before."""
+
+    def saboteur() -> None:
+        from slora_dist.rounds import session
+
+        done: list[bool] = []
+        play = session.Session._round
+
+        def strike() -> None:
+            if not done and here == [number]:
+                done.append(True)
+                mark.write_text(str(time.monotonic()), encoding="utf-8")
+                deed()
+
+        here: list[int] = []
+
+        def played(self: Any, stage: Any, this: int) -> Any:
+            here[:] = [this]
+            if point == "broadcast":
+                strike()
+            return play(self, stage, this)
+
+        session.Session._round = played  # type: ignore[method-assign]
+        if point != "broadcast":
+            owner, name, before = _place(point)
+            _wrap(owner, name, strike, before)
+
+    return saboteur
+
+
+def _place(point: str) -> tuple[Any, str, bool]:
+    """Return owner and name of the function at a point, and whether to strike before it."""
+    from slora_dist.journal import Journal
+    from slora_dist.rounds import session
+    from slora_dist.rounds.seat import Seat
+    from slora_dist.runfolder import RunFolder
+    from slora_dist.wire import Header
+
+    return {
+        "training": (session, "train", True),
+        "trained": (session, "train", False),
+        "upload": (Header, "pack", True),
+        "ledger": (Journal, "take", True),
+        "evaluate": (Seat, "evaluate", True),
+        "checkpoint": (RunFolder, "save", True),
+    }[point]
+
+
+def _wrap(owner: Any, name: str, strike: Deed, before: bool) -> None:
+    inner = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if before:
+            strike()
+        result = inner(*args, **kwargs)
+        if not before:
+            strike()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def kill() -> None:
+    """Die without a word."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    """Stand still."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def dawdle() -> None:
+    """Be late."""
+    time.sleep(1.5)
+
+
+def drop_links() -> None:
+    """Lose every connection at once, as when a cable is pulled."""
+    from slora_dist.comm.sever import sever, sockets
+
+    sever(set(sockets()), set())
+
+
+def end() -> None:
+    """Be told to go, as by SLURM before a requeue."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)  # the process leaves meanwhile
+
+
+def fill_disk() -> None:
+    """Have no room left for a checkpoint."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def tear_checkpoint() -> None:
+    """Find the disk full in the middle of the next file that is written."""
+    from slora_dist import runfolder
+
+    def torn(tensors: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half a file")
+        fill_disk()
+
+    runfolder.save_file = torn  # type: ignore[assignment]
+
+
+def nan_update(number: int, mark: Path) -> Saboteur:
+    """Send an update of NaN in round ``number``."""
+
+    def saboteur() -> None:
+        from dataclasses import replace
+
+        from slora_dist.rounds import session
+
+        here: list[int] = []
+        play, train = session.Session._round, session.train
+
+        def played(self: Any, stage: Any, this: int) -> Any:
+            here[:] = [this]
+            return play(self, stage, this)
+
+        def trained(*args: Any, **kwargs: Any) -> Any:
+            update = train(*args, **kwargs)
+            if here != [number]:
+                return update
+            mark.write_text(str(time.monotonic()), encoding="utf-8")
+            return replace(update, delta_N=torch.full_like(update.delta_N, float("nan")))
+
+        session.Session._round, session.train = played, trained  # type: ignore[method-assign]
+
+    return saboteur
+
+
+def corrupt_frame(number: int, mark: Path) -> Saboteur:
+    """Send a message in round ``number`` whose header is damaged."""
+
+    def deed() -> None:
+        from slora_dist.wire import Header
+
+        pack = Header.pack
+
+        def damaged(self: Header) -> torch.Tensor:
+            header_B = pack(self)
+            header_B[0] ^= 0xFF
+            return header_B
+
+        Header.pack = damaged  # type: ignore[method-assign]
+
+    return at("training", number, deed, mark)

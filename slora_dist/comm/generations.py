@@ -1,0 +1,74 @@
+"""One process group after the other: each is formed by those whom the lifeline calls together, and cut when it says that it is over."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from slora_dist.comm.lifeline import Lifeline, Loss, Meeting
+from slora_dist.comm.sever import sever, sockets
+from slora_dist.errors import TransportError
+
+AGAIN = 0.2  # seconds between two cuts, as long as this rank has not left: a group that is just forming opens new connections
+
+
+@dataclass
+class _Group:
+    """A process group: the sockets that were open before it, its own (None while it is being formed), and whether this rank has left."""
+
+    generation: int
+    before: set[str]
+    own: set[str] | None = None
+    left: threading.Event = field(default_factory=threading.Event)
+
+    def cut(self, spared: set[int]) -> None:
+        sever(set(sockets()) - self.before if self.own is None else self.own, spared)
+
+
+class Generations:
+    """The process groups of one rank."""
+
+    def __init__(self, lifeline: Lifeline, seconds: float) -> None:
+        self.lifeline, self.joins, self._seconds = lifeline, lifeline.joins, seconds
+        self._group: _Group | None = None
+        lifeline.on_over = self._cut
+
+    @property
+    def number(self) -> int:
+        """The number of the present group, from 0."""
+        assert self._group
+        return self._group.generation
+
+    @property
+    def losses(self) -> Sequence[Loss]:
+        """The ranks that rank 0 has seen go, in order."""
+        return self.lifeline.losses
+
+    def leave(self) -> None:
+        """Cut this rank's connections of the present group, so that whoever waits for it learns that it has left."""
+        if self._group:
+            self._group.left.set()
+            self._group.cut(self.lifeline.sockets())
+
+    @contextmanager
+    def next(self, rank: int, seconds: float | None) -> Iterator[Meeting]:
+        """Wait for the meeting of the next group, and note the connections that are opened inside."""
+        meeting = self.lifeline.meet(seconds or self._seconds)
+        self._group = group = _Group(meeting.generation, set(sockets()))
+        if self.lifeline.ended(meeting.generation):
+            raise TransportError(f"rank {rank}: regroup failed: somebody has died meanwhile")
+        yield meeting
+        group.own = set(sockets()) - group.before
+
+    def welcome(self) -> None:
+        """On rank 0, between two rounds: raise ``TransportError`` when a rank waits to join, so that all ranks regroup."""
+        waiting = self.lifeline.newcomers()
+        if waiting:
+            raise TransportError(f"rank 0: rank {', '.join(map(str, waiting))} joins")
+
+    def _cut(self, generation: int) -> None:
+        """Cut the connections of a group that is over until this rank has left it. Called in a thread of the lifeline."""
+        group = self._group
+        while group and group.generation <= generation and not group.left.is_set():
+            group.cut(self.lifeline.sockets())
+            group.left.wait(AGAIN)

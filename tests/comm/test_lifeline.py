@@ -1,0 +1,160 @@
+"""The lifeline: who is let in, who counts as gone, and how the others meet again. All ends are in this process."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from slora_dist.comm.lifeline import Healing, Meeting, RankLifeline, RootLifeline
+from slora_dist.comm.line import NONCE, Line, call, take
+from slora_dist.errors import RunError
+
+SECRET, DIGEST, PATIENCE, SECONDS = b"secret", b"d" * 32, 30.0, 30.0
+HOST = "127.0.0.1"
+
+
+def healing(secret: bytes = SECRET, digest: bytes = DIGEST, joins: bool = False, patience: float = PATIENCE) -> Healing:
+    return Healing(patience, secret, digest, joins)
+
+
+@contextmanager
+def world(size: int, patience: float = PATIENCE) -> Iterator[tuple[RootLifeline, dict[int, RankLifeline]]]:
+    root = RootLifeline(socket.create_server((HOST, 0)), size, healing(patience=patience))
+    ranks = {rank: RankLifeline(HOST, root.port, rank, healing(), SECONDS) for rank in range(1, size)}
+    try:
+        yield root, ranks
+    finally:
+        for rank in ranks.values():
+            rank.close()
+        root.close()
+
+
+def meet(*ends: RootLifeline | RankLifeline) -> list[Meeting]:
+    """Let all ends meet at the same time, as processes would."""
+    found: dict[int, Meeting] = {}
+
+    def one(at: int) -> None:
+        found[at] = ends[at].meet(SECONDS)
+
+    threads = [threading.Thread(target=one, args=(at,)) for at in range(len(ends))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    return [found[at] for at in range(len(ends))]
+
+
+def tell(over: threading.Event) -> Callable[[int], None]:
+    return lambda _: over.set()
+
+
+def test_all_meet_then_those_who_are_left() -> None:
+    with world(4) as (root, ranks):
+        over = {rank: threading.Event() for rank in range(4)}
+        for rank, end in {0: root, **ranks}.items():
+            end.on_over = tell(over[rank])
+        assert meet(root, *ranks.values()) == [Meeting(0, (0, 1, 2, 3))] * 4
+        ranks[2]._line.socket.shutdown(socket.SHUT_RDWR)  # as the kernel does when the process is killed
+        assert all(over[rank].wait(SECONDS) for rank in (0, 1, 3)), "everybody learns that the generation is over"
+        assert [(loss.rank, loss.reason) for loss in root.losses] == [(2, "its connection closed")]
+        assert meet(root, ranks[1], ranks[3]) == [Meeting(1, (0, 1, 3))] * 3
+        assert root.ended(0) and not root.ended(1) and ranks[1].ended(0) and not ranks[1].ended(1)
+
+
+def test_silence_counts_as_death() -> None:
+    with world(3, patience=2.0) as (root, ranks):
+        meet(root, *ranks.values())
+        over = threading.Event()
+        root.on_over = tell(over)
+        ranks[1]._line.send = lambda *_: None  # type: ignore[method-assign]  # its heart stops, its connection stays
+        assert over.wait(SECONDS)
+        assert [(loss.rank, loss.reason) for loss in root.losses] == [(1, "silent for 2 s")]
+        with pytest.raises(RunError, match="given this rank up"):
+            ranks[1].meet(SECONDS)
+
+
+def test_a_new_rank_takes_the_place_of_a_dead_one() -> None:
+    with world(3) as (root, ranks):
+        meet(root, *ranks.values())
+        over = threading.Event()
+        root.on_over = tell(over)
+        ranks[1]._line.socket.shutdown(socket.SHUT_RDWR)
+        assert over.wait(SECONDS)
+        assert meet(root, ranks[2]) == [Meeting(1, (0, 2))] * 2 and root.newcomers() == []
+        ranks[1] = RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
+        while not root.newcomers():
+            pass
+        assert root.newcomers() == [1]
+        assert meet(root, *ranks.values()) == [Meeting(2, (0, 1, 2))] * 3
+
+
+def test_the_end_of_rank_0_is_the_end_of_all() -> None:
+    root = RootLifeline(socket.create_server((HOST, 0)), 2, healing())
+    rank = RankLifeline(HOST, root.port, 1, healing(), SECONDS)
+    meet(root, rank)
+    over = threading.Event()
+    rank.on_over = tell(over)
+    root._lines[1].socket.shutdown(socket.SHUT_RDWR)
+    assert over.wait(SECONDS) and rank.ended(0)
+    with pytest.raises(RunError, match="rank 0 is gone"):
+        rank.meet(SECONDS)
+    root.close()
+
+
+def test_the_first_meeting_names_who_has_not_come() -> None:
+    root = RootLifeline(socket.create_server((HOST, 0)), 3, healing())
+    with pytest.raises(RunError, match="rank 1 has not come"):
+        root.meet(0.1)
+    root.close()
+
+
+@pytest.mark.parametrize(
+    ("own", "rank", "reason"),
+    [
+        (healing(secret=b"guessed"), 1, "does not hold the job's secret"),
+        (healing(digest=b"e" * 32, joins=True), 1, "rank 1 has another version or other settings"),
+        (healing(), 7, "calls itself rank 7 of 2"),
+        (healing(), 0, "calls itself rank 0 of 2"),
+    ],
+)
+def test_strangers_are_refused_and_the_job_waits_on(own: Healing, rank: int, reason: str, capfd: pytest.CaptureFixture[str]) -> None:
+    root = RootLifeline(socket.create_server((HOST, 0)), 2, healing())
+    with pytest.raises((RunError, ConnectionError)):
+        RankLifeline(HOST, root.port, rank, own, SECONDS)
+    assert reason in capfd.readouterr().err
+    member = RankLifeline(HOST, root.port, 1, healing(), SECONDS)
+    assert meet(root, member)[0].members == (0, 1)
+    with pytest.raises((RunError, ConnectionError)):
+        RankLifeline(HOST, root.port, 1, healing(), SECONDS)._line.receive()
+    assert "rank 1 is here already" in capfd.readouterr().err
+    member.close()
+    root.close()
+
+
+def test_a_rank_does_not_talk_to_a_root_without_the_secret() -> None:
+    listener = socket.create_server((HOST, 0))
+
+    def impostor() -> None:
+        connection, _ = listener.accept()
+        connection.sendall(b"n" * NONCE)
+        take(connection, 5 + 3 * NONCE)
+        connection.sendall(b"x" * NONCE)
+
+    thread = threading.Thread(target=impostor)
+    thread.start()
+    with socket.create_connection(listener.getsockname()) as connection, pytest.raises(RunError, match="does not hold the job's secret"):
+        call(connection, SECRET, DIGEST, 1, False)
+    thread.join()
+    listener.close()
+
+
+def test_a_forged_frame_is_refused() -> None:
+    with world(2) as (root, ranks):
+        meet(root, ranks[1])
+        over = threading.Event()
+        root.on_over = tell(over)
+        Line(ranks[1]._line.socket, b"another key", b"rank", b"root").send(0)  # whoever is on the way does not know the key
+        assert over.wait(SECONDS)
+        assert "did not send" in root.losses[0].reason

@@ -1,0 +1,15 @@
+"""Some of the drills, with real processes; ``make drill`` plays a hundred."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.tiny import ROOT
+
+
+@pytest.mark.launcher
+def test_a_run_survives_the_death_of_a_rank_and_takes_in_another() -> None:
+    command = [sys.executable, "-m", "drill.run", "1", "--only", "replace", "--first", "2"]
+    played = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert played.returncode == 0 and "1 drills, 0 failed" in played.stdout, played.stdout + played.stderr
