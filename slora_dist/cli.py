@@ -59,10 +59,15 @@ def _train(options: argparse.Namespace, world: World) -> int:
     where = Where()
     witness = Witness(world.rank, where) if world.launcher != "alone" else None
     try:
-        return _play(config, out, options, world, where, witness)
+        code = _play(config, out, options, world, where, witness)
     finally:
         if witness:
             witness.dismiss()
+    if config.clients.min_clients is not None:  # a thread may still wait for a group that is gone
+        from slora_dist.comm.alone import leave
+
+        leave(code)
+    return code
 
 
 def _play(config: Config, out: Path, options: argparse.Namespace, world: World, where: Where, witness: Witness | None) -> int:

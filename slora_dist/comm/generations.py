@@ -1,11 +1,12 @@
 """One process group after the other: each is formed by those whom the lifeline calls together, and cut when it says that it is over."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from slora_dist.comm.lifeline import Lifeline, Loss, Meeting
+from slora_dist.comm.patience import Patience
 from slora_dist.comm.sever import sever, sockets
 from slora_dist.errors import TransportError
 
@@ -20,6 +21,7 @@ class _Group:
     before: set[str]
     own: set[str] | None = None
     left: threading.Event = field(default_factory=threading.Event)
+    patience: Patience = field(default_factory=Patience)
 
     def cut(self, spared: set[int]) -> None:
         sever(set(sockets()) - self.before if self.own is None else self.own, spared)
@@ -44,11 +46,17 @@ class Generations:
         """The ranks that rank 0 has seen go, in order."""
         return self.lifeline.losses
 
+    def wait(self, call: Callable[[], object]) -> None:
+        """Return when ``call``, which waits for the present group, has; raises ``TransportError`` when the group is over before."""
+        assert self._group
+        self._group.patience.wait(call)
+
     def leave(self) -> None:
         """Cut this rank's connections of the present group, so that whoever waits for it learns that it has left."""
         if self._group:
             self._group.left.set()
             self._group.cut(self.lifeline.sockets())
+            self._group.patience.end()
 
     @contextmanager
     def next(self, rank: int, seconds: float | None) -> Iterator[Meeting]:
@@ -71,4 +79,5 @@ class Generations:
         group = self._group
         while group and group.generation <= generation and not group.left.is_set():
             group.cut(self.lifeline.sockets())
-            group.left.wait(AGAIN)
+            if not group.left.wait(AGAIN):
+                group.patience.give_up()

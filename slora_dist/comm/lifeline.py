@@ -94,6 +94,7 @@ class RootLifeline:
                 self._change.wait(BEAT)
             self.generation, self._over = self.generation + 1, False
             self.members = (0, *sorted(self._lines))
+            self._left.clear()
             body = json.dumps([self.generation, self.members]).encode()
             for rank in list(self._lines):
                 self._send(rank, MEET, body)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -43,12 +44,13 @@ class _Transfer:
     works: list[dist.Work]
     staged_b: Tensor
     target_b: Tensor
+    await_: Callable[[Callable[[], object]], None]
 
     def wait(self) -> None:
         past = time.monotonic() - self.posted if self.staged_b.is_cuda else 0.0  # nccl's clock runs since the posting, gloo's since now
         with failing(self.rank, "gather", self.peer):
             for work in self.works:
-                work.wait(timedelta(seconds=past + self.seconds))
+                self.await_(partial(work.wait, timedelta(seconds=past + self.seconds)))
         if self.target_b is not self.staged_b:
             self.target_b.copy_(self.staged_b)
 
@@ -105,6 +107,7 @@ class TorchComm:
         if on_gpu:
             torch.cuda.set_device(self.device)
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else a late peer kills the process instead of raising here
+        dist.distributed_c10d._world.group_count = 0  # part of the keys in the store: a join that failed must not shift it on some ranks
         dist.init_process_group(
             self.name,
             store=store,
@@ -137,7 +140,7 @@ class TorchComm:
             self._collective("barrier", torch.zeros(1), lambda tensor: dist.all_reduce(tensor, async_op=True))
             return
         with failing(self.rank, "barrier"):
-            dist.monitored_barrier(timeout=timedelta(seconds=self.timeout))
+            self._await(lambda: dist.monitored_barrier(timeout=timedelta(seconds=self.timeout)))
 
     def abort(self, code: int) -> NoReturn:
         """End this process; its broken connections end those that wait for it, and torchrun or srun -K all others."""
@@ -164,13 +167,17 @@ class TorchComm:
         posted = time.monotonic()
         with failing(self.rank, "gather", peer):  # batched even though it is one: unbatched, nccl opens a communicator per pair of ranks
             works = dist.batch_isend_irecv([dist.P2POp(op, staged_b, self.members.index(peer))])
-        return _Transfer(self.rank, peer, seconds, posted, works, staged_b, target_b)
+        return _Transfer(self.rank, peer, seconds, posted, works, staged_b, target_b, self._await)
 
     def _collective(self, op: str, values: Tensor, start: Callable[[Tensor], dist.Work | None]) -> None:
         with failing(self.rank, op), staged(values, self.device) as tensor:
             work = start(tensor)
             assert work is not None
-            work.wait(timedelta(seconds=self.timeout))
+            self._await(lambda: work.wait(timedelta(seconds=self.timeout)))
+
+    def _await(self, call: Callable[[], object]) -> None:
+        """Let ``call`` wait for the group."""
+        self.generations.wait(call) if self.generations else call()
 
 
 def open_store(host: str, port: int, world: World, environ: Mapping[str, str]) -> Store:

@@ -1,5 +1,6 @@
 """Batch jobs on a real SLURM cluster, from the files that users submit."""
 
+import json
 import os
 import re
 import shutil
@@ -120,3 +121,27 @@ def test_slurm_and_shellcheck_accept_what_is_written(slurm: SlurmCluster, shared
     slurm("sbatch", "--test-only", "job.sbatch", cwd=shared)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", shared / "job.sbatch"], check=True)
+
+
+def test_a_job_goes_on_without_a_killed_rank(slurm: SlurmCluster, shared: Path, environ: dict[str, str]) -> None:
+    """One of four clients dies in round 5 of 10: rounds 5 to 10 finish with three, to the bits of a run that was planned so."""
+    settings = ["configs/tiny.yaml", "clients.count=4", "clients.per_round=4", "method.sparse.rounds=5", "method.lowrank.rounds=5"]
+    ranks = ("--nodes=3", "--ntasks=5", "--ntasks-per-node=2")
+    number = slurm.submit(*ranks, "slurm/healing.sbatch", *settings, "clients.min_clients=2", "--out", "run", cwd=shared)
+    run = shared / "run"
+    until(lambda: len(rounds(run)) >= 4, "four rounds", 90)
+    victim, _witness = sorted(pid for pid in having({"SLURM_JOB_ID": number, "SLURM_PROCID": "3"}) if is_rank(pid))
+    os.kill(victim, signal.SIGKILL)
+    facts = slurm.wait(number, 90)
+    log = (shared / f"{number}.out").read_text()
+    assert facts["ExitCode"] == "3:0", f"{facts}\n{log}"
+    assert "[rank 0] rank 3 is gone" in log
+    records = lines(run, "metrics.jsonl")
+    first = next(record["round"] for record in records if record["missing"]["clients"])
+    assert [record["round"] for record in records] == list(range(1, 11))
+    assert [record["clients"] for record in records] == [[0, 1, 2, 3]] * (first - 1) + [[0, 1, 3]] * (11 - first)
+    (lost,) = json.loads((run / "summary.json").read_text())["lost"]
+    assert (lost["rank"], lost["round"], lost["clients"]) == (3, first, [2])
+    planned = [sys.executable, "-m", "slora_dist", "train", *settings, f"clients.away={{2: [{first}]}}", "--out", "planned"]
+    subprocess.run(planned, check=True, env=environ, cwd=shared, timeout=120, stdout=subprocess.DEVNULL)
+    assert adapter(run) == adapter(shared / "planned")
