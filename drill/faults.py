@@ -140,7 +140,9 @@ def stop(drill: Drill) -> Outcome:
         _ended(ranks.wait(SECONDS, *survivors), {}, 3)
         ranks.send(signal.SIGCONT, drill.victim)
         assert ranks.wait(SECONDS, drill.victim) == {drill.victim: 1}
-    return drill.outcome(f"stop rank {drill.victim}, round {drill.number}, {point}", max(0.0, noticed - PATIENCE), _away(drill.client, drill.number))
+    return drill.outcome(
+        f"stop rank {drill.victim}, round {drill.number}, {point}", max(0.0, noticed - PATIENCE), _away(drill.client, drill.number)
+    )
 
 
 def drop_link(drill: Drill) -> Outcome:
