@@ -103,6 +103,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("method.lowrank.init", {"method": {"name": "lora", "lowrank": {"init": "completion"}}}, "kaiming or pissa"),
     ("method.lowrank.init", {"method": {"name": "primed_fft", "lowrank": {"init": "completion"}}}, "completion after a sparse phase"),
     ("method.lowrank.init", {"method": {"name": "slora", "lowrank": {"init": "pissa"}}}, "pissa with `name: lora`"),
+    ("method.lowrank.init", {"method": {"name": "lora", "lowrank": {"init": "pissa", "rule": "fedex"}}}, "kaiming, or another rule"),
     ("method.phases.0.init", {"method": {"name": "custom", "phases": [PISSA, {"kind": "dense"}]}}, "pissa with `name: lora`"),
     ("method.phases.1.init", {"method": {"name": "custom", "phases": [{"kind": "head"}, PISSA | {"init": "svd"}]}}, "kaiming or pissa"),
     ("method.phases.0.init", {"method": {"name": "custom", "phases": [{"kind": "lowrank", "init": "svd"}]}}, "kaiming or pissa"),

@@ -193,6 +193,8 @@ class MethodConfig(Section):
             raise ConfigError(
                 setting, "pissa beside another phase that trains the backbone", "svd, completion or kaiming; pissa with `name: lora`"
             )
+        if phase.init == "pissa" and phase.rule in ("fedex", "stack"):
+            raise ConfigError(setting, f"pissa with the rule {phase.rule}, which changes the base, too", "kaiming, or another rule")
 
     def resolved(self) -> tuple[AnyPhase, ...]:
         """Return the phases in order, every setting filled in."""
