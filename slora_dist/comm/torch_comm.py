@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -26,7 +27,7 @@ from slora_dist.comm.alone import leave
 from slora_dist.comm.base import BUCKET, INIT_SECONDS, MAX_MESSAGE, Chunk, check_summable, check_wire, failing, staged
 from slora_dist.comm.generations import Generations
 from slora_dist.comm.lifeline import Healing, Lifeline, RankLifeline, RootLifeline
-from slora_dist.errors import RunError
+from slora_dist.errors import RunError, TransportError
 from slora_dist.world import World
 
 BACKLOG = 1024  # ranks that may knock at the same moment
@@ -148,10 +149,14 @@ class TorchComm:
 
     def close(self) -> None:
         """Wait for all ranks, so that none cuts a connection in use, and leave the group."""
-        self.barrier()
+        if self.generations is None:
+            self.barrier()
+            dist.destroy_process_group()
+            return
+        with suppress(TransportError):  # all is done: who dies now is not missed
+            self.barrier()
+        self.generations.lifeline.close()
         dist.destroy_process_group()
-        if self.generations:
-            self.generations.lifeline.close()
 
     def send(self, chunk_b: Tensor, turns: int) -> stream.Transfer:
         """Start to send to rank 0 (see ``stream.Link``)."""

@@ -64,6 +64,8 @@ class Session:
         while True:
             try:
                 yield from self._life(resumed, stop_after)
+                if self.seat.group:  # until all are through, a death may make the others play the last round again
+                    self.seat.group.barrier()
                 return
             except TransportError as error:
                 resumed = heal(self.seat, error)
