@@ -13,3 +13,9 @@ def test_a_run_survives_the_death_of_a_rank_and_takes_in_another() -> None:
     command = [sys.executable, "-m", "drill.run", "1", "--only", "replace", "--first", "2"]
     played = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert played.returncode == 0 and "1 drills, 0 failed" in played.stdout, played.stdout + played.stderr
+
+
+@pytest.mark.launcher
+def test_a_long_run_stays_flat() -> None:
+    played = subprocess.run([sys.executable, "-m", "drill.soak", "200"], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert played.returncode == 0 and played.stdout.count("rank ") == 4, played.stdout + played.stderr
