@@ -1,7 +1,9 @@
 """Round times on really shaped links, beside what ``plan`` foretold and what emulation made of the same run. Needs root, ``ip`` and ``tc``.
 
 Four hosts (network namespaces) sit behind links of 10 and of 100 Mbit/s. On them a doctor rehearses, then the run is played: sparse, dense
-and low-rank rounds of one model, about 5 MB of weights. The same run on one host with ``network.mode: sleep`` is the emulation.
+and low-rank rounds of one model, about 5 MB of weights, whose clients take one small step: a round is its messages. They are smaller
+than what a sender's kernel takes at once (LoRA r 8), somewhat larger, and much larger (FFT). The same run on one host with
+``network.mode: sleep`` is the emulation.
 """
 
 import json
@@ -19,16 +21,18 @@ from tests.cluster.network import Network
 ROOT = Path(__file__).parents[1]
 HOSTS, RATES = 4, (10, 100)
 PLAN, EMULATION = 0.15, 0.10  # the most by which a round may be off
-PHASES = {"sft": "sparse", "fft": "dense", "lora": "lowrank"}
+PHASES = {"SFT 30 %": "sparse", "FFT": "dense", "LoRA r 8": "lowrank", "LoRA r 32": "lowrank-2"}
 SETTINGS = (
     "configs/tiny.yaml",
     "method.name=custom",
-    "method.phases=[{kind: sparse, rounds: 5}, {kind: dense, rounds: 5}, {kind: lowrank, rounds: 5, rank: 8}]",
+    "method.phases=[{kind: sparse, rounds: 5, density: 0.3}, {kind: dense, rounds: 3}, {kind: lowrank, rounds: 6, rank: 8},"
+    " {kind: lowrank, rounds: 5, rank: 32}]",
     "model.config.hidden_size=256",
     "model.config.intermediate_size=512",
     "clients.count=3",
     "clients.per_round=3",
-    "clients.epochs=1",
+    "clients.steps=1",
+    "clients.batch_size=2",
     "server.eval_every=0",
 )
 ENVIRON = os.environ | {

@@ -101,19 +101,24 @@ def _verbs(comm: Communicator) -> dict[str, Callable[[torch.Tensor], None]]:
 
 
 def _measure(comm: Communicator, name: str, call: Callable[[torch.Tensor], None]) -> list[Row]:
-    """Time one verb at every size within ``PATIENCE``: the median from a barrier on rank 0 until all ranks are through."""
+    """Time one verb at every size within ``PATIENCE``: the median from a barrier on rank 0 until all ranks are through.
+
+    ``own_seconds`` is when rank 0 itself was through: its kernel may hold what is still to travel.
+    """
     rows: list[Row] = []
     for size in SIZES:
         wire_B = torch.zeros(size, dtype=torch.uint8)
-        seconds = []
+        seconds, own = [], []
         for _ in range(1 + REPEATS):  # the first opens connections
             comm.barrier()
             began = time.perf_counter()
             call(wire_B)
+            own.append(time.perf_counter() - began)
             comm.barrier()
             seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds[1:])
-        rows.append({"verb": name, "bytes": size, "seconds": median, "mbyte_per_second": size / median / 1e6})
+        figures = {"seconds": median, "own_seconds": statistics.median(own[1:]), "mbyte_per_second": size / median / 1e6}
+        rows.append({"verb": name, "bytes": size, **figures})
         if _too_slow(comm, median):
             break
     return rows

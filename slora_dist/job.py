@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from math import inf
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from slora_dist.data.federation import Federation
 from slora_dist.ending import Where
 from slora_dist.errors import ConfigError
 from slora_dist.ledger import Ledger
-from slora_dist.network import Network, check_network
+from slora_dist.network import Network, check_network, routing
 from slora_dist.roundplan import check_world, home
 from slora_dist.rounds.seat import Seat
 from slora_dist.rounds.session import Session
@@ -47,8 +46,7 @@ class Job:
         self.where = where or Where()
         self.config, self.folder, self.device = config, RunFolder(out), device
         self.where.finish = self.folder.finish
-        sleeps, limit = config.network.mode == "sleep", config.network.server_mbit or inf
-        self.shaped = Shaped(self.sealed or comm, config.network.routing, limit) if sleeps else None
+        self.shaped = Shaped(self.sealed or comm, routing(config)) if config.network.mode == "sleep" else None
         self.comm = Metered(self.shaped or self.sealed or comm, ledger, self.sealed.carried if self.sealed else int)
         self.group = comm if isinstance(comm, TorchComm) and comm.generations else None
         self.checkpoint: Checkpoint | None = None

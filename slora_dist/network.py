@@ -5,11 +5,12 @@ from math import inf
 
 import numpy as np
 
+from slora_dist.comm.base import BUCKET
 from slora_dist.comm.shaped import Shaped
 from slora_dist.config import Config, LinkConfig
 from slora_dist.data.permutation import permutation
 from slora_dist.errors import ConfigError
-from slora_dist.links import Link, play, play_collective
+from slora_dist.links import Collective, Direct, Link, Routing, play
 from slora_dist.roundplan import RoundPlan
 from slora_dist.seeding import derive
 
@@ -25,6 +26,12 @@ def links(config: Config) -> list[Link]:
     return [_link(classes[int(np.searchsorted(ends, place, side="right"))]) for place in places]
 
 
+def routing(config: Config) -> Routing:
+    """Return how messages travel on the run's links."""
+    capacity = config.network.server_mbit or inf
+    return Direct(capacity) if config.network.routing == "direct" else Collective(capacity, BUCKET)
+
+
 def check_network(config: Config, size: int) -> None:
     """Raise ``ConfigError`` where real messages cannot stand for those of the clients: with several clients on a rank they would queue."""
     if config.network.mode == "sleep" and size <= config.sampled:
@@ -37,7 +44,7 @@ class Network:
 
     def __init__(self, config: Config, shaped: Shaped | None) -> None:
         self.settings, self._seed, self._shaped = config.network, config.run.seed, shaped
-        self._links = links(config)
+        self._links, self._routing = links(config), routing(config)
 
     def begin(self, plan: RoundPlan, number: int) -> None:
         """Put each rank behind the link of the client that it plays in round ``number``."""
@@ -56,8 +63,7 @@ class Network:
         if self.settings.mode == "off":
             return None
         own = [self._at(client, number) for client in plan.clients]
-        exchange = play if self.settings.routing == "direct" else play_collective
-        rounds = exchange(own, self.settings.server_mbit or inf, nbytes, train)
+        rounds = play(self._routing, own, nbytes, train)
         last = max(rounds, key=lambda one: one.uploaded)
         return {
             "seconds": last.uploaded + server,

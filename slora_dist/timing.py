@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from slora_dist import methods
+from slora_dist.comm.base import BUCKET
 from slora_dist.config import Config
 from slora_dist.errors import ConfigError
+from slora_dist.links import Passed, passed_on, read_in_order, receives
 from slora_dist.model import Classifier
 from slora_dist.network import Network
 from slora_dist.plan import exchanges
@@ -42,7 +44,7 @@ def read_machine(path: Path) -> dict[str, Any]:
 def predict(config: Config, classifier: Classifier, machine: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return the mean seconds of a round of every phase, ``{phase: {broadcast, train, upload, server, control, round}}``.
 
-    ``train`` is the slowest rank's, ``upload`` what the gather takes beyond it, ``control`` the notes of the ranks, ``round`` the sum;
+    All are those of the client whose update is there last, ``control`` the notes of the ranks, ``round`` the sum;
     evaluation is not in it. The world is the one that was measured. Raises ``ConfigError`` when the file knows no phase of that name.
     """
     size, first, seconds = int(machine["world"]["size"]), 1, {}
@@ -77,16 +79,21 @@ def _trained(config: Config, plan: RoundPlan, documents: Sequence[int], local: M
 def _measured(
     config: Config, machine: Mapping[str, Any], plan: RoundPlan, number: int, trained: Sequence[float], nbytes: tuple[int, int]
 ) -> dict[str, float]:
-    """Return one round's parts on the transport: rank 0 takes the updates in client order as they come. ``nbytes``: up, down."""
-    verbs, last, (up, down) = _Verbs(machine), max(trained), nbytes
+    """Return one round's parts on the transport, those of the client whose update is there last. ``nbytes``: up, down."""
+    verbs, (up, down) = _Verbs(machine), nbytes
+    root, *_ = ranks = verbs.passed(down)
+    passed = [ranks[rank] for rank in plan.ranks]
+    ready = [one.through + spent for one, spent in zip(passed, trained, strict=True)]
     if config.comm.collective == "reduce":
-        arrived = last + verbs.seconds("reduce", up)
+        ends = [max(ready) + verbs.seconds("reduce", up)] * len(ready)
     else:
-        arrived = 0.0
-        for ready in trained:
-            arrived = max(arrived, ready) + verbs.message(HEADER_BYTES + up)
-    control = verbs.seconds("gather", NOTES_BYTES)
-    return {"broadcast": verbs.seconds("broadcast", down), "train": last, "upload": arrived - last, "control": control}
+        size = HEADER_BYTES + up
+        message = [verbs.message(size) * part / size for part in receives(size, BUCKET)]
+        starts = [max(end, one.free) for end, one in zip(ready, passed, strict=True)]
+        ends = read_in_order(starts, [message] * len(starts), root.through)
+    last = max(range(len(ends)), key=lambda at: (ends[at], ready[at]))
+    parts = {"broadcast": passed[last].through, "train": trained[last], "upload": ends[last] - ready[last]}
+    return parts | {"control": verbs.seconds("gather", NOTES_BYTES)}
 
 
 def _emulated(
@@ -106,6 +113,7 @@ class _Verbs:
         self._size = int(machine["world"]["size"])
         rows = machine["verbs"]
         self._rows = {verb: sorted((row["bytes"], row["seconds"]) for row in rows if row["verb"] == verb) for verb in VERBS}
+        self._own = sorted((row["bytes"], row["own_seconds"]) for row in rows if row["verb"] == "broadcast")
 
     def seconds(self, verb: str, nbytes: int) -> float:
         """Return the seconds of one call: interpolated between the sizes that were measured, in proportion to the bytes beyond them."""
@@ -117,3 +125,19 @@ class _Verbs:
     def message(self, nbytes: int) -> float:
         """Return the seconds of one message of a gather: the doctor's gathers have one from every rank but rank 0."""
         return self.seconds("gather", nbytes) / max(1, self._size - 1)
+
+    def passed(self, nbytes: int) -> list[Passed]:
+        """Return every rank's part of a broadcast: copies as fast as a message of a gather, or faster where the broadcast was."""
+        if self._size == 1 or not nbytes:
+            return [Passed(0.0, 0.0, 0.0)] * self._size
+        share, latencies = self._kernel(nbytes) / nbytes, [0.0] * self._size
+        turns = max(one.has for one in passed_on(self._size, 1.0, share, latencies))
+        copy = min(self.message(nbytes), self.seconds("broadcast", nbytes) / turns)
+        return passed_on(self._size, copy, copy * share, latencies)
+
+    def _kernel(self, nbytes: int) -> float:
+        """Return how much of each copy the kernel held when rank 0 was through with its own part of a broadcast."""
+        children = (self._size - 1).bit_length()
+        taken = [max(0.0, count - count * own / (children * self.message(count))) for count, own in self._own]
+        sizes = [count for count, _ in self._own]
+        return min(nbytes, float(np.interp(nbytes, sizes, taken)))

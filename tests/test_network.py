@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from slora_dist.comm.alone import Alone
 from slora_dist.comm.shaped import Shaped
 from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.errors import ConfigError
-from slora_dist.links import Link
+from slora_dist.links import Collective, Direct, Link, Routing, seconds
 from slora_dist.network import Network, check_network, links
 from slora_dist.roundplan import RoundPlan
 from tests.ranks import run_ranks
@@ -65,47 +66,47 @@ def test_sleeping_needs_a_rank_for_every_client() -> None:
 
 def test_a_world_of_one_is_not_delayed() -> None:
     """Nothing leaves the process, so that no link is in its way."""
-    comm = Shaped(Alone(), "direct")
+    comm = Shaped(Alone(), Direct(inf))
     comm.broadcast(torch.zeros(8, dtype=torch.uint8))
     assert [index for index, _, _ in comm.gather([torch.zeros(100, dtype=torch.uint8)], [0], 100)] == [0]
 
 
 SIZE = 200_000
+LINKS = {1: Link(8.0, 4.0, 0.25), 2: Link(4.0, 8.0, 0.5)}
 
 
-def _delayed(rank: int, size: int, folder: Path, routing: str) -> tuple[list[float], bytes]:
+def _delayed(rank: int, size: int, folder: Path, routing: Routing) -> tuple[list[float], bytes]:
     """Note how long the emulation slept in each verb: the time that passes besides is not its own."""
     from slora_dist.comm import shaped
 
     slept: list[float] = []
 
     class Time:
-        perf_counter = staticmethod(lambda: 0.0)  # a clock that stands: delays add up by what is slept alone
+        perf_counter = staticmethod(lambda: 0.0)  # a clock that stands: every sleep is as long as if nothing else took time
         sleep = staticmethod(slept.append)
 
     shaped.time = Time  # type: ignore[assignment]
-    comm = Shaped(TorchComm("gloo", rank, size, FileStore(str(folder / routing), size), 40.0, bucket=64_000), routing)  # type: ignore[arg-type]
-    comm.links = {1: Link(8.0, 4.0, 0.25), 2: Link(4.0, 8.0, 0.5)}
+    comm = Shaped(TorchComm("gloo", rank, size, FileStore(str(folder / "store"), size), 40.0, bucket=64_000), routing)
+    comm.links = LINKS
     wire_B = torch.full((SIZE,), rank, dtype=torch.uint8)
     comm.broadcast(wire_B)
     wire_B += rank
     got = b"".join(chunk_b.numpy().tobytes() for _, _, chunk_b in comm.gather([wire_B] if rank else [], [1, 2], SIZE))
     comm.close()
-    return [sum(slept[:1]), sum(slept[1:])], got
+    return slept, got
 
 
-@pytest.mark.parametrize("routing", ["direct", "collective"])
-def test_real_messages_take_what_their_links_take(tmp_path: Path, routing: str) -> None:
-    from slora_dist.links import seconds
-
+@pytest.mark.parametrize("routing", [Direct(inf), Collective(inf, 10**6)], ids=["direct", "collective"])
+def test_real_messages_take_what_their_links_take(tmp_path: Path, routing: Routing) -> None:
+    """The delays are those of the arithmetic: each rank's part of the broadcast, then rank 0's messages since it."""
     (root, first, second) = run_ranks(3, _delayed, tmp_path, routing)
     assert root[1] == bytes([1]) * SIZE + bytes([2]) * SIZE
     one = {rate: seconds(SIZE, rate) for rate in (4.0, 8.0)}
-    if routing == "direct":
-        assert first[0] == pytest.approx([one[4.0] + 0.25, 0.25 + one[8.0]]) and second[0] == pytest.approx(
-            [one[8.0] + 0.5, 0.5 + one[4.0]]
-        )
-        assert root[0] == pytest.approx([0.0, 0.0])
+    if isinstance(routing, Direct):
+        had = [one[4.0] + 0.25, one[8.0] + 0.5]
+        due = [had[0] + one[8.0] + 0.25, had[1] + one[4.0] + 0.5]
     else:
-        assert [ends[0][0] for ends in (root, first, second)] == pytest.approx([2 * one[4.0], 2 * one[4.0] + 0.25, 2 * one[4.0] + 0.5])
-        assert first[0][1] == 0.25 and second[0][1] == 0.5
+        had = [one[4.0] + 0.25, 2 * one[4.0] + 0.5]
+        due = [had[0] + 0.25 + one[8.0], had[1] + 0.5 + one[4.0]]
+    assert first[0] == pytest.approx(had[:1]) and second[0] == pytest.approx(had[1:])
+    assert root[0] == pytest.approx([0.0, *due])

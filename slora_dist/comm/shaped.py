@@ -1,27 +1,31 @@
 """Slower links, wrapped around any communicator: real messages, delivered when links of given rate and latency would have delivered them.
 
-Nothing of a message changes. ``direct``: rank 0 sends every rank a copy of its own and all links work at the same time. ``collective``:
-ranks pass copies on along gloo's tree, and a gather is read one message after the other, as on a cluster behind links that are all alike.
+Nothing of a message changes. When it is delivered is for a ``Routing`` to say, which knows how long links, kernels and readers take. The
+clock is that of the last broadcast: every rank counts the seconds since it had it, and before a message rank 0 is told when it could leave.
 """
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import inf
-from typing import Literal, NoReturn
+from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from slora_dist.comm.base import Chunk, Communicator
-from slora_dist.links import Link, passed_on, seconds, sent_to_each
+from slora_dist.links import Direct, Link, Passed, Routing, seconds
+
+STAMP_BYTES = 16  # when a message could leave, float64 seconds, and its bytes
 
 
 class Shaped:
     """A communicator behind emulated links. ``links`` are those of the other ranks, changed at will by the caller, alike on all ranks."""
 
-    def __init__(self, comm: Communicator, routing: Literal["direct", "collective"], server_mbit: float = inf) -> None:
-        self.comm, self.direct, self.capacity = comm, routing == "direct", server_mbit
+    def __init__(self, comm: Communicator, routing: Routing) -> None:
+        self.comm, self.routing = comm, routing
         self.rank, self.size, self.name, self.bucket = comm.rank, comm.size, comm.name, comm.bucket
         self.links: Mapping[int, Link] = {}
+        self._origin = time.perf_counter()
+        self._passed = Passed(0.0, 0.0, 0.0)
 
     @property
     def members(self) -> Sequence[int]:
@@ -29,30 +33,34 @@ class Shaped:
         return self.comm.members
 
     def broadcast(self, wire_B: Tensor) -> None:
-        """Broadcast, and go on when this rank's link would have delivered it."""
+        """Broadcast, and go on when this rank's part of it would have been done."""
         self.comm.broadcast(wire_B)
+        self._origin = time.perf_counter()
         if self.links:
-            time.sleep(self._arrivals(wire_B.numel())[self.rank])
+            self._passed = self.routing.down([self._link(rank) for rank in range(1, self.size)], wire_B.numel())[self.rank]
+            self._sleep_until(self._passed.through)
 
     def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
-        """Gather; a message leaves when its sender's link would have carried it, and rank 0 reads no faster than its own link."""
-        free = 0.0
-        for index, offset, chunk_b in self.comm.gather(self._sent(messages), senders, nbytes):
-            if senders[index]:
-                link = self.links.get(senders[index], Link())
-                free = max(free, time.perf_counter()) + seconds(chunk_b.numel(), self.capacity if self.direct else self._rate(link))
-                time.sleep(max(0.0, free - time.perf_counter()))
+        """Gather; rank 0 has the end of each message when the links would have carried it."""
+        if not self.links:
+            yield from self.comm.gather(messages, senders, nbytes)
+            return
+        own = list(messages)
+        due, sizes = self._due([message_B.numel() for message_B in own], senders)
+        for index, offset, chunk_b in self.comm.gather(own, senders, nbytes):
+            if offset + chunk_b.numel() == sizes[index]:
+                self._sleep_until(due[index])
             yield index, offset, chunk_b
 
     def reduce(self, values: Tensor) -> None:
-        """Reduce; ``collective`` takes what a ring of ranks takes, ``direct`` what sending all parts to rank 0 takes."""
+        """Reduce; ranks take what a ring takes, clients of a server what sending all parts to it takes."""
         self.comm.reduce(values)
         if self.links:
-            nbytes, share = values.numel() * values.element_size(), 2 * (self.size - 1) / self.size
-            slowest = min(link.up_mbit for link in self.links.values())
-            star = max(seconds(nbytes, slowest), seconds(nbytes * (self.size - 1), self.capacity))
-            ring = share * seconds(nbytes, min(self._rate(link) for link in self.links.values()))
-            time.sleep(max(link.latency for link in self.links.values()) + (star if self.direct else ring))
+            nbytes, share, links = values.numel() * values.element_size(), 2 * (self.size - 1) / self.size, self.links.values()
+            slowest, capacity = min(link.up_mbit for link in links), self.routing.capacity
+            star = max(seconds(nbytes, slowest), seconds(nbytes * (self.size - 1), capacity))
+            ring = share * seconds(nbytes, min(slowest, capacity))
+            time.sleep(max(link.latency for link in links) + (star if isinstance(self.routing, Direct) else ring))
 
     def barrier(self) -> None:
         """Return when all ranks have called it."""
@@ -66,19 +74,24 @@ class Shaped:
         """Leave together."""
         self.comm.close()
 
-    def _rate(self, link: Link) -> float:
-        return min(link.up_mbit, self.capacity)
+    def _link(self, rank: int) -> Link:
+        return self.links.get(rank, Link())
 
-    def _sent(self, messages: Iterable[Tensor]) -> Iterator[Tensor]:
-        own = self.links.get(self.rank, Link())
-        for message_B in messages:
-            if self.rank:
-                time.sleep(own.latency + (seconds(message_B.numel(), own.up_mbit) if self.direct else 0.0))
-            yield message_B
+    def _sleep_until(self, due: float) -> None:
+        time.sleep(max(0.0, self._origin + due - time.perf_counter()))
 
-    def _arrivals(self, nbytes: int) -> dict[int, float]:
-        """Return when each rank has a broadcast, in seconds after rank 0 began to send it."""
-        if self.direct:
-            return {0: 0.0, **dict(zip(self.links, sent_to_each(list(self.links.values()), self.capacity, nbytes), strict=True))}
-        links = [self.links.get(rank, Link()) for rank in range(1, self.size)]
-        return dict(enumerate(passed_on(links, self.capacity, nbytes)))
+    def _due(self, own: Sequence[int], senders: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Return on rank 0 when each message is due, and its bytes; ``own`` are the bytes of this rank's messages, all made by now."""
+        now = time.perf_counter() - self._origin
+        ready = max(now, self._passed.free)
+        stamps = [torch.tensor([ready, float(nbytes)], dtype=torch.float64).view(torch.uint8) for nbytes in own]
+        told = [chunk_b.clone().view(torch.float64).tolist() for _, _, chunk_b in self.comm.gather(stamps, senders, STAMP_BYTES)]
+        if self.rank:
+            return [], []
+        due, sizes = [now] * len(senders), [int(nbytes) for _, nbytes in told]
+        away = [index for index, sender in enumerate(senders) if sender]
+        links = [self._link(senders[index]) for index in away]
+        ends = self.routing.up(links, [told[index][0] for index in away], [sizes[index] for index in away], now)
+        for index, end in zip(away, ends, strict=True):
+            due[index] = end
+        return due, sizes

@@ -148,7 +148,9 @@ def test_a_prediction_stands_beside_what_was_measured(tmp_path: Path) -> None:
     emulated = measured(load(make(tmp_path / "links", RISING)))
     assert emulated["lowrank"] == {"broadcast": 10.0, "train": 5.0, "upload": 14.0, "server": 1.0, "control": 0.0, "round": 30.0}
     verbs = [
-        {"verb": verb, "bytes": nbytes, "seconds": nbytes / 1e6} for verb in ("broadcast", "gather", "reduce") for nbytes in (64, 1 << 20)
+        {"verb": verb, "bytes": nbytes, "seconds": nbytes / 1e6, "own_seconds": nbytes / 1e6}
+        for verb in ("broadcast", "gather", "reduce")
+        for nbytes in (64, 1 << 20)
     ]
     local = {"step_seconds": 0.1, "server_seconds": 0.2}
     machine = {"world": {"size": 2}, "verbs": verbs, "phases": {"sparse": local, "lowrank": local}, "documents": [8] * 4}
