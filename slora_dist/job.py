@@ -116,7 +116,8 @@ class Job:
         if resume and self.folder.exists():
             settings.require_equal(self.folder.config(), self.config)
             self.checkpoint = self.folder.latest()
-            self.folder.rewind(self.checkpoint.values["round"] if self.checkpoint else -1)
+            done = self.checkpoint.values["round"] if self.checkpoint else -1
+            self.folder.rewind(done, done - 1 if self.checkpoint and self.checkpoint.values["unjudged"] else done)
         else:
             self.folder.create(self.config, {"size": self.comm.size, "transport": self.comm.comm.name})
 

@@ -32,7 +32,7 @@ LIBRARIES = ("slora_dist", "torch", "transformers", "peft", "datasets", "numpy",
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after a round: tensors, and plain values (``round``, ``phase``, ``switch``)."""
+    """The state after a round: tensors, and plain values (``round``, ``phase``, ``switch``, ...)."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
@@ -165,11 +165,11 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise ConfigError(str(path), f"cannot be read ({error})", "one JSON object in every line") from None
 
-    def rewind(self, rounds: int) -> None:
-        """Drop what was noted after round ``rounds``: those rounds will be played again."""
+    def rewind(self, rounds: int, judged: int) -> None:
+        """Drop what was noted after round ``rounds``, which will be played again, and records after round ``judged``."""
         for path in (self.path / f"{name}.jsonl" for name in RECORDS):
             if path.exists():
-                kept = [line for line in self.lines(path.stem) if line["round"] <= rounds]
+                kept = [line for line in self.lines(path.stem) if line["round"] <= (judged if path.stem == "metrics" else rounds)]
                 _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from slora_dist.ledger import totals
 from slora_dist.model import shell
 from slora_dist.plan import plan
 from slora_dist.runfolder import RECORDS, RunFolder
+from tests.ranks import run_ranks
 from tests.tiny import ROOT, SHORT, TINY, run, same, tiny
 
 THREE = "[{kind: sparse, rounds: 1}, {kind: lowrank, rounds: 1, residual: keep}, {kind: lowrank, rounds: 2, residual: %s}]"
@@ -122,6 +123,34 @@ def test_any_number_of_ranks_ends_in_the_bits_of_one(size: int, who: str, tiny_r
     assert same(many, tiny_run)
     assert many.summary()["world_size"] == size
     assert many.summary()["payload_bytes"]["by_phase"] == tiny_run.summary()["payload_bytes"]["by_phase"]
+
+
+OVERLAP = ("method.sparse.rounds=3", "server.evaluate=overlap")
+
+
+def _play(rank: int, size: int, out: Path, store: str, stop_after: int | None) -> list[str]:
+    """Play on this rank; return rank 0's operations in order, as its place in the run tells them."""
+    from torch._C._distributed_c10d import FileStore
+
+    from slora_dist.comm.torch_comm import TorchComm
+
+    comm = TorchComm("gloo", rank, size, FileStore(str(out.parent / store), size), 40.0)
+    folder = run(out, *short(*OVERLAP), resume=stop_after is None, stop_after=stop_after, comm=comm)
+    comm.close()
+    spans = sorted(folder.lines("timeline"), key=lambda span: span["began"])
+    return [f"{span['what']} {span['round']}" for span in spans if span["rank"] == 0]
+
+
+def test_a_model_judged_while_others_train_has_the_same_score(tmp_path: Path) -> None:
+    """A stop falls between a round and its judgement. Each model is judged before the server moves it, and its record comes in order."""
+    inline, out = run(tmp_path / "inline", *short(OVERLAP[0])), tmp_path / "overlap"
+    run_ranks(2, _play, out, "first", 1)
+    assert RunFolder(out).latest().values["unjudged"]["round"] == 1  # type: ignore[union-attr]
+    assert [line["round"] for line in RunFolder(out).lines("metrics")] == [1], "a run that stops has all its records"
+    spans, _ = run_ranks(2, _play, out, "second", None)
+    assert same(inline, RunFolder(out))
+    order = [span for span in spans if span.split()[0] in ("aggregate", "evaluate")]
+    assert order[:5] == ["aggregate 1", "evaluate 2", "aggregate 2", "evaluate 3", "aggregate 3"]
 
 
 @pytest.mark.launcher

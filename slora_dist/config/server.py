@@ -24,3 +24,7 @@ class ServerConfig(Section):
         "root", description="Who factors the matrices at a switch: rank 0, or every rank its share, for which the update travels once more."
     )
     eval_every: int = Field(1, ge=0, description="Rounds between evaluations; 0: only at the end of each phase.")
+    evaluate: Literal["inline", "overlap"] = Field(
+        "inline",
+        description="`overlap`: rank 0 judges a round's model while the others train in the next one; same scores. The last round of a phase, and a world of one, stay `inline`.",
+    )

@@ -44,6 +44,7 @@ def _round(run: Run, record: Line) -> Parts:
         }
         return parts | {"control": 0.0, "round": links["seconds"]}
     alone = run.world["size"] == 1
+    besides = ("communicate", "evaluate", "overlapped", *(["train"] if alone else []))
     lines = [line for line in run.ledger if line["round"] == record["round"]]
     spans = [line for line in run.timeline if line["round"] == record["round"] and line["what"] == "train"]
     train = max(_by_rank(spans, 0).values(), default=0.0)
@@ -52,7 +53,7 @@ def _round(run: Run, record: Line) -> Parts:
         "broadcast": max(_by_rank((line for line in lines if line["direction"] == "down"), 1).values(), default=0.0),
         "train": train,
         "upload": upload if alone else max(0.0, upload - train),  # rank 0 waits in it while the others train
-        "server": seconds["total"] - seconds["communicate"] - seconds["evaluate"] - (seconds["train"] if alone else 0.0),
+        "server": seconds["total"] - sum(seconds[part] for part in besides),
         "control": sum(line["seconds"] - line["wait_seconds"] for line in lines if line["direction"] == "control" and line["rank"] == 0),
         "round": seconds["total"] - seconds["evaluate"],
     }

@@ -45,6 +45,7 @@ class Session:
         self._finished: dict[int, tuple[Header, Tensor]] = {}  # updates of the round in hand, should it have to be played again
         self._finished_in = 0
         self._last: Stage | None = None
+        self._unjudged: dict[str, Any] | None = None  # rank 0: the last round's record, while its score is to come in the next one
 
     @property
     def is_root(self) -> bool:
@@ -73,13 +74,15 @@ class Session:
     def _life(self, resumed: Checkpoint | None, stop_after: int | None) -> Iterator[dict[str, Any]]:
         position = [resumed.values["phase"], resumed.values["round"]] if resumed else [0, 0]
         self.clocks, self.clock_error = synchronize(self.comm)
+        self._unjudged = resumed.values["unjudged"] if resumed else None
         at, done = tell(self.comm, position, Label("start", position[1] + 1, "control", {"position": 16}))
         stage = phases.restore(self.seat, at, done, resumed) if done else phases.begin(self.seat, 0, None)
         while True:
             last = stage.first + stage.phase.rounds - 1
             for number in range(done + 1, last + 1):
-                yield self._round(stage, number)
+                yield from self._round(stage, number)
                 if stop_after is not None and stop_after <= number < self.rounds:
+                    yield from self._catch_up(stage, number)
                     self.folder.wait()
                     return
             done = last
@@ -99,8 +102,8 @@ class Session:
         offset_N = stage.server.offset_N
         return Result(stage.phase, seat.classifier, stage.coordinates, offset_N, bool(seat.base or stage.found), seat.federation.tokenizer)
 
-    def _round(self, stage: Stage, number: int) -> dict[str, Any]:
-        """Play one round: broadcast, local training, upload, server step, evaluation, checkpoint."""
+    def _round(self, stage: Stage, number: int) -> list[dict[str, Any]]:
+        """Play one round: broadcast, local training, upload, server step, evaluation, checkpoint. Returns the records that are complete."""
         began, self.where.round, self.comm.seconds = time.perf_counter(), number, 0.0
         if self.seat.group and self.seat.group.generations:
             self.seat.group.generations.welcome()
@@ -108,6 +111,9 @@ class Session:
         self.seat.network.begin(plan, number)
         self.where.operation = "broadcast"
         down = self._send_down(stage, number, plan)
+        sent = time.perf_counter()
+        records = self._catch_up(stage, number)
+        overlapped = time.perf_counter() - sent
         self.where.operation = "upload"
         received, folded = self._upload(stage, number, plan)
         record: dict[str, Any] = {"round": number, "phase": stage.name}
@@ -115,6 +121,8 @@ class Session:
             record["missing"] = missing(self.seat, number)
         if received:
             record |= self._judge(stage, number, received)
+            if self._due(stage, number) == "overlap":
+                self._unjudged = record
             nbytes = (down + folded, HEADER_BYTES + stage.exchange.up(number).wires.up.nbytes)
             trained = [one.seconds for one in received.headers]
             record["network"] = self.seat.network.seconds(plan, number, nbytes, trained, received.seconds)
@@ -125,9 +133,24 @@ class Session:
             lines = [line for line in settled["ledger"] if line["round"] == number]
             moved, waited = totals(lines), sum(line["wait_seconds"] for line in lines if line["rank"] == 0)
             record["payload_bytes"] = {way: moved[way] for way in ("up", "down")}
-            record["seconds"] |= {"communicate": self.comm.seconds, "wait": waited, "total": time.perf_counter() - began}
+            spent = {"communicate": self.comm.seconds, "wait": waited, "overlapped": overlapped, "total": time.perf_counter() - began}
+            record["seconds"] |= spent
             self._save(stage, record, settled)
-        return record
+        return records if record is self._unjudged else [*records, record]
+
+    def _catch_up(self, stage: Stage, number: int) -> list[dict[str, Any]]:
+        """Judge the last round's model if that is still to be done: the server holds it until it moves. The others train meanwhile."""
+        if self._unjudged is None:
+            return []
+        record, self._unjudged = self._unjudged | self._score(stage, number), None
+        self.folder.append("metrics", [record])
+        return [record]
+
+    def _score(self, stage: Stage, number: int) -> dict[str, float | None]:
+        """Return how good the server's model is, as the figures of a record."""
+        with self.journal.span("evaluate", stage.name, number):
+            self.seat.score = score = self.seat.evaluate(stage)
+        return figures(score, self.config.model.task)
 
     def _send_down(self, stage: Stage, number: int, plan: RoundPlan) -> int:
         """Bring the round's clients what they lack of the offset; returns the bytes of one that lacks everything that is sent."""
@@ -198,16 +221,21 @@ class Session:
         self.seat.states.save(client, number, {**others, name: wire.keep(owed_N)})
         return owed_N
 
+    def _due(self, stage: Stage, number: int) -> str | None:
+        """Return how round ``number`` is judged, or None when it is not. A phase ends with its score; alone nothing overlaps."""
+        settings, last = self.config.server, stage.first + stage.phase.rounds - 1
+        if number == last:
+            return "inline"
+        if not settings.eval_every or number % settings.eval_every:
+            return None
+        return settings.evaluate if self.comm.size > 1 else "inline"
+
     def _judge(self, stage: Stage, number: int, received: Received) -> dict[str, Any]:
-        """Evaluate when it is due, and return the figures of the round."""
+        """Evaluate when it is due now, and return the figures of the round."""
         headers = received.headers
-        every, last = self.config.server.eval_every, stage.first + stage.phase.rounds - 1
         began = time.perf_counter()
-        score = self.seat.evaluate(stage) if number == last or (every and number % every == 0) else None
+        score = self._score(stage, number) if self._due(stage, number) == "inline" else figures(None, self.config.model.task)
         evaluating = time.perf_counter() - began
-        if score:
-            self.seat.score = score
-            self.journal.note("evaluate", stage.name, number, began, evaluating)
         examples = sum(header.num_examples for header in headers)
         seconds = {
             "aggregate": received.seconds,
@@ -217,7 +245,7 @@ class Session:
         }
         return {
             "train_loss": sum(header.loss * header.num_examples for header in headers) / examples,
-            **figures(score, self.config.model.task),
+            **score,
             "clients": [header.client for header in headers],
             "num_examples": examples,
             "seconds": seconds,
@@ -228,10 +256,10 @@ class Session:
         assert stage.server
         self.where.operation = "checkpoint"
         with self.journal.span("checkpoint", stage.name, record["round"]):
-            for name, rows in {**settled, "metrics": [record]}.items():
+            for name, rows in {**settled, "metrics": [] if record is self._unjudged else [record]}.items():
                 self.folder.append(name, rows)
             score = {"accuracy": self.seat.score.accuracy, "loss": self.seat.score.loss} if self.seat.score else None
-            values = {"round": record["round"], "phase": stage.at, "switch": self.seat.switch, "score": score}
+            values = {"round": record["round"], "phase": stage.at, "switch": self.seat.switch, "score": score, "unjudged": self._unjudged}
             held = {} if stage.exchange.stateless else {"held": stage.held_N}
             if stage.exchange.folds():
                 held |= {f"base.{name}": weight for name, weight in self.seat.base.items()}

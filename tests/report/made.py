@@ -45,7 +45,7 @@ def lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _record(number: int, phase: str, accuracy: float | None, network: bool) -> dict[str, Any]:
-    seconds = {"aggregate": 0.5, "train": 8.0, "slowest_client": 5.0, "evaluate": 1.0, "communicate": 2.0, "total": 10.0}
+    seconds = {"aggregate": 0.5, "train": 8.0, "slowest_client": 5.0, "evaluate": 1.0, "overlapped": 0.0, "communicate": 2.0, "total": 10.0}
     ways = {"up": 2 * message(phase), "down": 2 * message(phase)}
     links = {"seconds": 30.0, "download": 10.0, "train": 5.0, "upload": 14.0, "server": 1.0}
     return {
