@@ -117,7 +117,7 @@ class Job:
             settings.require_equal(self.folder.config(), self.config)
             self.checkpoint = self.folder.latest()
             done = self.checkpoint.values["round"] if self.checkpoint else -1
-            self.folder.rewind(done, done - 1 if self.checkpoint and self.checkpoint.values["unjudged"] else done)
+            self.folder.rewind(done, bool(self.checkpoint and self.checkpoint.values["unjudged"]))
         else:
             self.folder.create(self.config, {"size": self.comm.size, "transport": self.comm.comm.name})
 

@@ -165,11 +165,11 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise ConfigError(str(path), f"cannot be read ({error})", "one JSON object in every line") from None
 
-    def rewind(self, rounds: int, judged: int) -> None:
-        """Drop what was noted after round ``rounds``, which will be played again, and records after round ``judged``."""
+    def rewind(self, rounds: int, unjudged: bool = False) -> None:
+        """Drop what was noted after round ``rounds``: those rounds will be played again. Its own record goes where it is ``unjudged``."""
         for path in (self.path / f"{name}.jsonl" for name in RECORDS):
             if path.exists():
-                kept = [line for line in self.lines(path.stem) if line["round"] <= (judged if path.stem == "metrics" else rounds)]
+                kept = [line for line in self.lines(path.stem) if line["round"] <= rounds - (unjudged and path.stem == "metrics")]
                 _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

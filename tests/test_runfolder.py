@@ -103,7 +103,7 @@ def test_rewind_drops_what_will_be_played_again(folder: RunFolder) -> None:
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"round": 4, "acc')
     assert [line["round"] for line in folder.lines("metrics")] == [0, 1, 2, 3]
-    folder.rewind(2, 2)
+    folder.rewind(2)
     assert (folder.path / "metrics.jsonl").read_text() == '{"round": 0}\n{"round": 1}\n{"round": 2}\n'
     folder.append("metrics", [{"round": 3}])
     assert [line["round"] for line in folder.lines("metrics")] == [0, 1, 2, 3]

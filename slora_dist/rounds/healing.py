@@ -38,7 +38,7 @@ def heal(seat: Seat, error: TransportError) -> Checkpoint | None:
     checkpoint = seat.folder.latest()
     done = checkpoint.values["round"] if checkpoint else 0
     _note(seat, done + 1)
-    seat.folder.rewind(done if checkpoint else -1)
+    seat.folder.rewind(done if checkpoint else -1, bool(checkpoint and checkpoint.values["unjudged"]))
     say(0, f"going on with ranks {', '.join(map(str, seat.comm.members))} from round {done + 1}")
     return checkpoint
 
