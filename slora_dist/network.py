@@ -10,7 +10,7 @@ from slora_dist.comm.shaped import Shaped
 from slora_dist.config import Config, LinkConfig
 from slora_dist.data.permutation import permutation
 from slora_dist.errors import ConfigError
-from slora_dist.links import Collective, Direct, Link, Routing, play
+from slora_dist.links import Collective, Direct, Link, Routing, play, receives
 from slora_dist.roundplan import RoundPlan
 from slora_dist.seeding import derive
 
@@ -30,6 +30,11 @@ def routing(config: Config) -> Routing:
     """Return how messages travel on the run's links."""
     capacity = config.network.server_mbit or inf
     return Direct(capacity) if config.network.routing == "direct" else Collective(capacity, BUCKET)
+
+
+def parts(nbytes: int) -> list[int]:
+    """Return the bytes of each receive that a message takes on every transport."""
+    return receives(nbytes, BUCKET)
 
 
 def check_network(config: Config, size: int) -> None:

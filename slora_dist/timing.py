@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from slora_dist import methods
-from slora_dist.comm.base import BUCKET
 from slora_dist.config import Config
 from slora_dist.errors import ConfigError
-from slora_dist.links import Passed, passed_on, read_in_order, receives
+from slora_dist.links import Passed, passed_on, read_in_order
 from slora_dist.model import Classifier
-from slora_dist.network import Network
+from slora_dist.network import Network, parts
 from slora_dist.plan import exchanges
 from slora_dist.roundplan import RoundPlan, plan_round
 from slora_dist.wire import HEADER_BYTES
@@ -57,11 +56,11 @@ def predict(config: Config, classifier: Classifier, machine: Mapping[str, Any]) 
         sizes = dict(zip(messages.numbers(), messages.faithful(), strict=True))
         plans = {number: plan_round(config, number, size, documents) for number in range(first, first + phase.rounds)}
         exchange = _emulated if config.network.mode != "off" else _measured
-        parts = [
+        told = [
             exchange(config, machine, plan, number, _trained(config, plan, documents, local), sizes[number])
             for number, plan in plans.items()
         ]
-        mean = {part: float(np.mean([one.get(part, local.get(f"{part}_seconds", 0.0)) for one in parts])) for part in PARTS}
+        mean = {part: float(np.mean([one.get(part, local.get(f"{part}_seconds", 0.0)) for one in told])) for part in PARTS}
         seconds[name] = mean | {"round": sum(mean.values())}
         first += phase.rounds
     return seconds
@@ -88,12 +87,12 @@ def _measured(
         ends = [max(ready) + verbs.seconds("reduce", up)] * len(ready)
     else:
         size = HEADER_BYTES + up
-        message = [verbs.message(size) * part / size for part in receives(size, BUCKET)]
+        message = [verbs.message(size) * part / size for part in parts(size)]
         starts = [max(end, one.free) for end, one in zip(ready, passed, strict=True)]
         ends = read_in_order(starts, [message] * len(starts), root.through)
     last = max(range(len(ends)), key=lambda at: (ends[at], ready[at]))
-    parts = {"broadcast": passed[last].through, "train": trained[last], "upload": ends[last] - ready[last]}
-    return parts | {"control": verbs.seconds("gather", NOTES_BYTES)}
+    told = {"broadcast": passed[last].through, "train": trained[last], "upload": ends[last] - ready[last]}
+    return told | {"control": verbs.seconds("gather", NOTES_BYTES)}
 
 
 def _emulated(
