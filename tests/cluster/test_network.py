@@ -1,12 +1,13 @@
 """Several machines: the page that users follow, and the ledger against what their interfaces counted."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.conftest import REPOSITORY
 from tests.cluster.network import Network
-from tests.cluster.processes import until
+from tests.cluster.processes import output, until
 from tests.cluster.runs import adapter, lines, ranks
 
 pytestmark = pytest.mark.cluster
@@ -97,3 +98,21 @@ def _mpich(network: Network, folder: Path) -> dict[str, str]:
         "RANKS": str(network.hosts),
         "HOSTS": ",".join(f"node{number}:1" for number in range(1, network.hosts + 1)),
     }
+
+
+def test_a_pulled_cable_counts_as_death(network: Network, shared: Path, environ: dict[str, str]) -> None:
+    """A host that is cut off says nothing and is told nothing: the others go on without it, and it ends by itself."""
+    rounds = ("method.sparse.rounds=30", "method.lowrank.rounds=2", "clients.count=3", "clients.per_round=3", "clients.epochs=1")
+    command = [sys.executable, "-m", "slora_dist", "train", "configs/tiny.yaml", *rounds, "data.limit=96", "data.test_limit=16"]
+    meet = environ | {"WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth0"}
+    heals = [*command, "clients.min_clients=2", "comm.client_timeout=8", "--out", "heals"]
+    started = {host: network.start(host, heals, shared, meet | {"RANK": str(host - 1)}) for host in range(1, 5)}
+    until(lambda: len(lines(shared / "heals", "metrics.jsonl")) >= 3, "three rounds", 90)
+    output(["ip", "-n", f"{network.prefix}3", "link", "set", "eth0", "down"])
+    codes = {host: process.wait(120) for host, process in started.items()}
+    output(["ip", "-n", f"{network.prefix}3", "link", "set", "eth0", "up"])
+    log = (shared / "host1.log").read_text()
+    assert codes == {1: 3, 2: 3, 3: 1, 4: 3}, log + (shared / "host3.log").read_text()
+    assert "[rank 0] rank 2 is gone: silent for 8 s" in log
+    records = lines(shared / "heals", "metrics.jsonl")
+    assert [record["round"] for record in records] == list(range(1, 33)) and records[-1]["missing"] == {"ranks": [2], "clients": [1]}
