@@ -8,11 +8,12 @@ Coordinates that are lacked by the same clients in every round travel together a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 from slora_dist.aggregate.factors import Pair
 from slora_dist.aggregate.rules import HEAD, Behaviour, Kinds, behaviour, width
 from slora_dist.config import AnyPhase, Config, WireConfig
+from slora_dist.fisher import Selection, selection
 from slora_dist.roundplan import absent, sample
 from slora_dist.support import Part, Slot, Support
 from slora_dist.wire import Wires
@@ -43,7 +44,7 @@ class Exchange:
         size: int = 1,
         members: Sequence[int] = (0,),
     ) -> None:
-        self.first, self.rounds, self.coordinates = first, phase.rounds, coordinates
+        self.phase, self.first, self.rounds, self.coordinates = phase, first, phase.rounds, coordinates
         self._folded = _folded(pairs, width(phase, config.sampled), config.comm.wire)
         self._everybody = tuple(range(config.clients.count))
         self.behaviour: Behaviour = behaviour(phase)
@@ -51,6 +52,11 @@ class Exchange:
         self.among = partial(Exchange, config, phase, first, coordinates, pairs)
         self._part = cache(coordinates.part)
         self._wires = cache(lambda kinds: Wires.of(self._part(kinds).support, config.comm.wire))
+
+    @cached_property
+    def selection(self) -> Selection | None:
+        """The messages before the first round by which masks are chosen; None where they are known without."""
+        return selection(self.phase, self.coordinates)
 
     @property
     def whole(self) -> Wires:

@@ -30,13 +30,13 @@ def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[
     by_phase = {phase["phase"]: phase["payload_bytes"] for phase in phases}
     sums = {way: sum(entry[way] for entry in by_phase.values()) for way in ("up", "down")}
     full = full_finetuning(config, classifier)
-    rounds = sum(phase["rounds"] for phase in phases)
+    rounds, chosen = sum(phase["rounds"] for phase in phases), sum(bool(phase["selection_bytes"]["up"]) for phase in phases)
     return {
         "parameters": parameters,
         "clients": {"count": config.clients.count, "per_round": config.sampled},
         "rounds": rounds,
         "phases": phases,
-        "payload_bytes": sums | {"control": HEADER_BYTES * config.sampled * rounds, "by_phase": by_phase},
+        "payload_bytes": sums | {"control": HEADER_BYTES * config.sampled * (rounds + chosen), "by_phase": by_phase},
         "full_finetuning_payload_bytes": full,
         "minutes": {f"{rate:g}": _minutes(_one_client(phases), rate) for rate in mbit},
         "full_finetuning_minutes": {f"{rate:g}": _minutes(sum(full.values()) // config.sampled, rate) for rate in mbit},
@@ -66,6 +66,8 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
     first, rounds = exchange.up(exchange.first).wires, exchange.numbers()
     down = [message for number in rounds for message in [*exchange.down(number), *exchange.folds()]]
     faithful = list(exchange.faithful())
+    chosen = exchange.selection
+    selected = {"up": sum(chosen.up.values()), "down": sum(chosen.down.values())} if chosen else {"up": 0, "down": 0}
     return {
         "phase": name,
         "rounds": exchange.rounds,
@@ -79,15 +81,17 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
         },
         "client_bytes": {"up": sum(up for up, _ in faithful), "down": sum(down for _, down in faithful)},
         "handover_bytes": handover,
+        "selection_bytes": selected,
         "payload_bytes": {
-            "up": sum(exchange.up(number).wires.up.nbytes for number in rounds) * config.sampled,
-            "down": sum(message.wires.down.nbytes * len(message.clients) for message in down) + handover * config.clients.count,
+            "up": (sum(exchange.up(number).wires.up.nbytes for number in rounds) + selected["up"]) * config.sampled,
+            "down": sum(message.wires.down.nbytes * len(message.clients) for message in down)
+            + (handover + selected["down"]) * config.clients.count,
         },
     }
 
 
 def _one_client(phases: Sequence[dict[str, Any]]) -> int:
-    return sum(phase["client_bytes"]["up"] + phase["client_bytes"]["down"] + phase["handover_bytes"] for phase in phases)
+    return sum(sum(phase["client_bytes"].values()) + phase["handover_bytes"] + sum(phase["selection_bytes"].values()) for phase in phases)
 
 
 def _minutes(nbytes: int, mbit: float) -> float:

@@ -1,6 +1,6 @@
 """One phase of a run as a rank holds it, and what is told of the switch to it.
 
-Legend: N coordinates.
+Legend: N coordinates, B bytes.
 """
 
 from collections.abc import Mapping
@@ -39,6 +39,7 @@ class Stage:
     server: Server | None
     collective: str
     found: Mapping[str, Factors]  # the part of the base that begins as the phase's factors, by layer
+    mask_B: Tensor | None = None  # as it has travelled, where clients' gradients chose it
 
     def label(self, number: int, direction: Direction, by_kind: Mapping[str, int]) -> Label:
         """Return the ledger's label of a message of this phase."""

@@ -24,11 +24,12 @@ TOGETHER = {
     "gather": (),
     "keep": KEEP,
     "spread": ("server.svd=ranks",),
+    "gradient": ("method.name=sft", "method.sparse.mask=gradient"),
     "reduce": ("comm.collective=reduce",),
     "topk": ("comm.wire.topk=0.1", "comm.wire.indices=gap"),
     "auto": ("comm.collective=auto", "clients.count=7"),
 }
-NAMES = ("alone", *TOGETHER, "resumed", "moved")  # moved: begun by one rank, ended by two
+NAMES = ("alone", *TOGETHER, "resumed", "moved", "mask moved")  # moved: begun by one rank, ended by two
 LEDGER = (lines.arithmetic, lines.protocol, lines.gathers, sums.plan, sums.records)
 
 
@@ -41,7 +42,8 @@ def play(rank: int, size: int, folder: str) -> None:
     comm = TorchComm("gloo", rank, size, FileStore(f"{folder}/store", size), SECONDS)
     for name, overrides in TOGETHER.items():
         run(Path(folder) / name, *SHORT, *overrides, comm=comm)
-    run(Path(folder) / "moved", resume=True, comm=comm)
+    for name in ("moved", "mask moved"):
+        run(Path(folder) / name, resume=True, comm=comm)
     comm.close()
 
 
@@ -50,6 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("audited")
     run(folder / "alone", *SHORT)
     run(folder / "moved", *SHORT, *KEEP, stop_after=3)
+    run(folder / "mask moved", *SHORT, *TOGETHER["gradient"], stop_after=1)
     run(folder / "resumed", *SHORT, stop_after=1)
     run(folder / "resumed", resume=True, stop_after=2)  # the next life begins where the first phase ends
     run(folder / "resumed", resume=True)

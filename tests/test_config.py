@@ -57,7 +57,7 @@ PISSA = {"kind": "lowrank", "init": "pissa"}
 BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the message says is allowed
     ("metod", {"metod": {}}, "clients, comm, data, method, model, network, run, server"),
     ("clients.cuont", {"clients": {"cuont": 3}}, "batch_size, count, epochs"),
-    ("method.sparse.desnity", {"method": {"sparse": {"desnity": 0.1}}}, "density, lr, lr_decay, mask, rounds, scope"),
+    ("method.sparse.desnity", {"method": {"sparse": {"desnity": 0.1}}}, "density, lr, lr_decay, mask, mask_documents, rounds, scope"),
     ("comm.wire.value", {"comm": {"wire": {"value": "float32"}}}, "down_values, feedback, indices, topk, up_values, values"),
     ("data.path", {"data": {}}, "csv, json(l) or parquet file"),
     ("data", {"data": "toy"}, "a valid dictionary"),

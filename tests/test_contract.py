@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sft, columns": {"name": "sft", "sparse": SPARSE | {"mask": "columns"}},
     "sft, product": {"name": "sft", "sparse": SPARSE | {"mask": "product"}},
     "sft, magnitude": {"name": "sft", "sparse": SPARSE | {"mask": "magnitude"}},
+    "sft, gradient": {"name": "sft", "sparse": SPARSE | {"mask": "gradient"}},
     "sft, magnitude of targets": {"name": "sft", "sparse": SPARSE | {"mask": "magnitude", "scope": "targets"}},
     "lora": {"name": "lora", "lowrank": {"rank": 3, "alpha": 6.0}},
     "lora, attention": {"name": "lora", "lowrank": {"rank": 3, "targets": "attention"}},

@@ -121,12 +121,20 @@ class Protocol:
             phase = self.phase(life.first - 1)
             if any(earlier["folds"] or earlier["messages"].folds() for earlier in self.phases[: phase["at"] + 1]):
                 yield from ranks.broadcast(life.first, "start", "control", {"base": 4 * self.plan["parameters"]}, [1] * life.size)
+            if selection := phase["messages"].selection:
+                yield from ranks.broadcast(life.first, phase["phase"], "control", selection.down, [1] * life.size)
             yield from self._enter(phase, life.first, ranks)
             if not phase["messages"].stateless:
                 held = {"held": 4 * phase["trainable"]}
                 yield from ranks.broadcast(life.first, phase["phase"], "control", held, [1] * life.size)
 
     def _open(self, phase: Row, number: int, ranks: "_Ranks") -> Iterator[Want]:
+        if selection := phase["messages"].selection:
+            plan = self.round_plan(number, ranks.size)
+            clients = [len(plan.played_by(rank)) for rank in range(ranks.size)]
+            yield from ranks.gather(number, phase["phase"], "up", selection.up, clients, HEADER_BYTES + selection.wire.nbytes)
+            yield from ranks.gather(number, phase["phase"], "control", {"header": HEADER_BYTES}, clients, 0)
+            yield from ranks.broadcast(number, phase["phase"], "down", selection.down, self._hosted(ranks.size))
         yield from self._enter(phase, number, ranks)
         if phase["spreads"] and ranks.size > 1:
             offset = {"offset": 4 * self.phases[phase["at"] - 1]["trainable"]}

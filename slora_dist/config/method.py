@@ -22,9 +22,12 @@ class SparsePhase(Phase):
     """Fine-tuning of a fixed random share of the weights (SLoRA stage 1, SFT)."""
 
     kind: Literal["sparse"] = "sparse"
-    mask: Literal["random", "rows", "columns", "product", "magnitude"] = Field(
+    mask: Literal["random", "rows", "columns", "product", "magnitude", "gradient"] = Field(
         "random",
-        description="Which entries of a matrix: single ones (the paper), whole rows or columns, or the crossings of sqrt(density) of both (vectors: single ones); `magnitude`: each tensor's largest pretrained weights.",
+        description="Which entries of a matrix: single ones (the paper), whole rows or columns, or the crossings of sqrt(density) of both (vectors: single ones); `magnitude`: each tensor's largest pretrained weights; `gradient`: those whose squared gradients are largest on documents of the first round's clients.",
+    )
+    mask_documents: int = Field(
+        32, ge=1, description="With `mask: gradient`: documents of a client whose squared gradients it averages; all when it has fewer."
     )
     density: Real = Field(
         0.1,
@@ -166,6 +169,9 @@ class MethodConfig(Section):
                 f"{'empty' if not self.phases else 'given'} with method.name {self.name}",
                 "a list of phases with `name: custom`, none with a preset",
             )
+        for at, phase in enumerate(self.resolved()):
+            if phase.kind == "sparse" and phase.mask == "gradient" and at > 0:
+                raise ConfigError(f"method.phases.{at}.mask", "gradient after another phase", "gradient in the first phase only")
         kinds = [phase.kind for phase in self.resolved()]
         for at, kind in enumerate(kinds):
             if kind not in ("dense", "lowrank") and not set(kinds[:at]) <= {"head"}:

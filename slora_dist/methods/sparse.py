@@ -27,6 +27,8 @@ def masked(phase: SparsePhase, classifier: Classifier, method: MethodConfig, sha
 
 
 def _slot(phase: SparsePhase, classifier: Classifier, seed: int, name: str, shape: Sequence[int], chosen: Chosen | None) -> Slot:
+    if phase.mask == "gradient":
+        return Slot.picked(name, shape, phase.density, chosen.get(name) if chosen else None)
     if phase.mask == "magnitude":
         weight = classifier.net.get_parameter(name)
         known = None if weight.is_meta else masks.largest(weight.abs(), masks.kept(prod(shape), phase.density))

@@ -4,7 +4,7 @@ Legend: N coordinates, B bytes.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -17,10 +17,12 @@ from slora_dist.config import AnyPhase, LowrankPhase
 from slora_dist.errors import RunError
 from slora_dist.evaluate import Score
 from slora_dist.exchange import Exchange
+from slora_dist.fisher import Selection, selection
 from slora_dist.handover import spread
 from slora_dist.ledger import Label
 from slora_dist.model import head_parameters
 from slora_dist.rounds.seat import Seat
+from slora_dist.rounds.selection import choose, resend
 from slora_dist.runfolder import Checkpoint
 from slora_dist.stage import Stage, switch_record
 from slora_dist.svd import Factors
@@ -37,7 +39,7 @@ def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
         if offset_N is not None:
             learned = methods.learned(previous.phase, seat.classifier, previous.coordinates, offset_N)
         previous.coordinates.write(seat.net, previous.reference_N)
-    stage = _enter(seat, at)
+    stage = _enter(seat, at, lambda name, first, selection: choose(seat, at, name, first, selection))
     _compare_fingerprints(seat, stage, stage.first)
     found = {**stage.found, **(_take_over(seat, previous, stage, learned) if previous else {})}
     if seat.is_root:
@@ -52,7 +54,7 @@ def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
             before, after = seat.score, seat.evaluate(stage)
         assert before
         seat.switch = switch_record(before, after, stage.phase, start)
-    if previous:
+    if previous or stage.mask_B is not None:
         seat.journal.note("switch", stage.name, stage.first, began, time.perf_counter() - began)
     return stage
 
@@ -62,7 +64,8 @@ def restore(seat: Seat, at: int, number: int, resumed: Checkpoint | None) -> Sta
     seat.where.operation = "resume"
     if methods.base_moves(seat.phases[: at + 1]):
         _restore_base(seat, number, at, resumed)
-    stage = _enter(seat, at)
+    mask_B = resumed.tensors.get("mask") if resumed else None
+    stage = _enter(seat, at, lambda name, _, selection: resend(seat, name, number + 1, selection, mask_B))
     _compare_fingerprints(seat, stage, number + 1)
     if resumed:
         stage.server = Server(seat.config.server, resumed.tensors["offset"])
@@ -75,20 +78,23 @@ def restore(seat: Seat, at: int, number: int, resumed: Checkpoint | None) -> Sta
     return stage
 
 
-def _enter(seat: Seat, at: int) -> Stage:
-    """Enter phase ``at`` on a network that holds the base weights."""
+def _enter(seat: Seat, at: int, mask: Callable[[str, int, Selection], Tensor]) -> Stage:
+    """Enter phase ``at`` on a network that holds the base weights; ``mask`` brings the mask, from (name, first round, selection)."""
     phase, name = seat.phases[at], methods.names(seat.config.method)[at]
-    coordinates = methods.support(phase, seat.classifier, seat.config.method, seat.config.run.seed)
+    first = 1 + sum(earlier.rounds for earlier in seat.phases[:at])
+    mask_B, coordinates = None, methods.support(phase, seat.classifier, seat.config.method, seat.config.run.seed)
+    if selected := selection(phase, coordinates):
+        mask_B = mask(name, first, selected)
+        coordinates = methods.support(phase, seat.classifier, seat.config.method, seat.config.run.seed, selected.read(mask_B))
     methods.enter(phase, seat.classifier, coordinates, seat.config.run.seed)
     found = methods.reduce_base(phase, seat.classifier)
     seat.net.to(seat.device)
-    first = 1 + sum(earlier.rounds for earlier in seat.phases[:at])
     pairs = methods.pairs(phase, seat.classifier, coordinates)
     exchange = Exchange(seat.config, phase, first, coordinates, pairs, seat.comm.size, seat.comm.members)
     seat.where.phase = name
     collective = _collective(seat, exchange.up(first).wires.up, name, first)
     reference_N, held_N = coordinates.reference(seat.net), torch.zeros(coordinates.numel)
-    return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, None, collective, found)
+    return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, None, collective, found, mask_B)
 
 
 def _collective(seat: Seat, wire: Wire | TopK, name: str, number: int) -> str:

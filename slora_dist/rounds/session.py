@@ -263,4 +263,6 @@ class Session:
             held = {} if stage.exchange.stateless else {"held": stage.held_N}
             if stage.exchange.folds():
                 held |= {f"base.{name}": weight for name, weight in self.seat.base.items()}
+            if stage.mask_B is not None:
+                held["mask"] = stage.mask_B
             self.folder.save_behind(Checkpoint(stage.server.state() | held, values))
