@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     partition.add_argument("overrides", nargs="*", metavar="section.key=value")
     partition.add_argument("--plot", type=Path, metavar="FILE", help="draw clients x labels there: a .png, .svg or .pdf file")
     partition.add_argument("--json", action="store_true", help="print JSON, with the documents of every client by label")
-    export = commands.add_parser("export", help="write a run's PEFT adapter, or a plain transformers model")
+    export = commands.add_parser("export", help="write a run's adapter or update, or a plain transformers model")
     export.add_argument("source", metavar="RUN")
     export.add_argument("destination", metavar="DEST")
     export.add_argument("--merge", action="store_true", help="add the update to the base weights")

@@ -48,6 +48,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "houlsby": {"name": "houlsby", "houlsby": {"size": 5}},
     "houlsby, norms frozen": {"name": "houlsby", "houlsby": {"size": 5, "norms": False, "activation": "tanh"}},
     "pfeiffer": {"name": "pfeiffer", "pfeiffer": {"size": 5}},
+    "head, then houlsby": {"name": "custom", "phases": [{"kind": "head"}, {"kind": "houlsby", "size": 5}]},
+    "head, then sft": {"name": "custom", "phases": [{"kind": "head"}, {"kind": "sparse", "mask": "magnitude", "lr": 1e-2}]},
 }
 VARIANTS = [name for name in METHODS if ", " in name]  # whose code does not ask for the family: two of them will do
 PAIRS = [

@@ -84,7 +84,8 @@ class Config(Section):
         for phase in self.method.resolved():
             if isinstance(phase, LowrankPhase):
                 self._rule_fits(phase)
-        if self.comm.wire.indices != "implicit" and any(phase.kind == "sparse" and phase.chosen for phase in self.method.resolved()):
+        chosen = any(phase.kind == "sparse" and phase.chosen for phase in self.method.resolved())
+        if chosen and not self.comm.wire.topk and self.comm.wire.indices != "implicit":
             raise ConfigError("comm.wire.indices", f"{self.comm.wire.indices} with a mask that all ranks know by then", "implicit")
         if self.data.answer is not None and self.model.task != "causal_lm":
             raise ConfigError("data.answer", f"given with model.task {self.model.task}", "`model.task: causal_lm`, or no answer")
