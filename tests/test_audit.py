@@ -67,7 +67,9 @@ def faults(audited: Run) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_wrong_with_real_runs(name: str, runs: dict[str, Run]) -> None:
     assert faults(runs[name]) == []
-    assert [life.size for life in runs[name].lives] == {"alone": [1], "resumed": [1, 1, 1], "moved": [1, 2], "mask moved": [1, 2]}.get(name, [2])
+    assert [life.size for life in runs[name].lives] == {"alone": [1], "resumed": [1, 1, 1], "moved": [1, 2], "mask moved": [1, 2]}.get(
+        name, [2]
+    )
     assert (kernel.sockets(runs[name]) is not None) == (name in TOGETHER)
 
 
