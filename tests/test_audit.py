@@ -106,7 +106,7 @@ def test_every_change_to_every_kind_of_line_is_named(name: str, runs: dict[str, 
         seen.add(which)
         for change, instead in changed(line):
             audited.ledger = [*ledger[:at], *instead, *ledger[at + 1 :]]
-            audited.lives = audited.protocol.lives(audited.ledger, audited.done)
+            audited.lives = audited.protocol.lives(audited.ledger, audited.done, {})
             told = [fault for check in LEDGER for fault in check(audited)]
             if not any(where in fault for fault in told) and not (instead and any(lines.where(instead[-1]) in fault for fault in told)):
                 unnamed.append((change, lines.where(line), told[:3]))

@@ -130,7 +130,7 @@ class Protocol:
 
     def _open(self, phase: Row, number: int, ranks: "_Ranks") -> Iterator[Want]:
         if selection := phase["messages"].selection:
-            plan = self.round_plan(number, ranks.size)
+            plan = self.round_plan(number, ranks.life)
             clients = [len(plan.played_by(rank)) for rank in range(ranks.size)]
             yield from ranks.gather(number, phase["phase"], "up", selection.up, clients, HEADER_BYTES + selection.wire.nbytes)
             yield from ranks.gather(number, phase["phase"], "control", {"header": HEADER_BYTES}, clients, 0)

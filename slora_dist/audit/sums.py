@@ -79,7 +79,7 @@ def records(run: Run) -> Iterator[str]:
 
 
 def summary(run: Run) -> Iterator[str] | None:
-    """Every figure of the summary comes out of the other files again, but for what only the switch itself could measure."""
+    """Every figure of the summary comes out of the other files again, but for what only the switch and the loss of a rank could tell."""
     return _summary(run) if run.finished else None
 
 
@@ -88,9 +88,8 @@ def _summary(run: Run) -> Iterator[str]:
     if run.done != run.protocol.rounds:
         yield f"summary.json: there, though {run.done} of {run.protocol.rounds} rounds have a record"
         return
-    has, should = (
-        dict(_leaves(tree)) for tree in (found, summarize(run.config, run.folder, run.classifier, found["switch"], run.lives[-1].size))
-    )
+    made = summarize(run.config, run.folder, run.classifier, found["switch"], run.lives[-1].size)
+    has, should = (dict(_leaves(tree)) for tree in (found, made | {"lost": found["lost"]}))  # whose reason no other file tells
     for field in sorted(has.keys() | should.keys()):
         if has.get(field) != should.get(field):
             yield f"summary.json: {field} {has.get(field)}, the other files give {should.get(field)}"

@@ -21,7 +21,7 @@ from slora_dist.wire import Header
 def choose(seat: Seat, at: int, name: str, number: int, selection: Selection) -> Tensor:
     """Return the mask of phase ``at`` (uint8 of length B): clients of its first round, ``number``, score all entries, rank 0 chooses."""
     seat.where.operation = "choice of the mask"
-    plan = plan_round(seat.config, number, seat.comm.size, seat.federation.sizes)
+    plan = plan_round(seat.config, number, seat.comm.size, seat.federation.sizes, seat.comm.members)
     seat.network.begin(plan, number)
     expected = [Header(client, at, number, 1, 0.0, 0.0, selection.wire.nbytes) for client in plan.clients]
     by_examples = seat.config.server.weighting == "examples"
