@@ -6,7 +6,7 @@ RUN := runs/quickstart
 # bf16 doubles the speed of a CPU that has it, and is slow on one that has not
 PRECISION := $(shell grep -qs bf16 /proc/cpuinfo && echo bfloat16 || echo float32)
 
-.PHONY: quickstart install test test-cluster drill bench lint types audit-dependencies clean
+.PHONY: quickstart install test test-cluster drill bench fuzz lint types audit-dependencies clean
 
 quickstart: $(VENV)/.installed  ## SLoRA on 20 Newsgroups: one server, three workers
 	$(BIN)/slora-dist fetch minilm 20newsgroups
@@ -42,6 +42,11 @@ bench: $(VENV)/.installed  ## every figure of docs/performance.md, on a machine 
 	$(BIN)/slora-dist fetch minilm
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run $(ROWS)
 	$(BIN)/python -m benchmarks.scale_model
+
+SECONDS ?= 120
+fuzz: $(VENV)/.installed  ## frames and checkpoints from bytes that want to break them, SECONDS each
+	$(BIN)/python -m pip install -q -e '.[fuzz]'
+	for target in frames checkpoints; do OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.run $$target --seconds $(SECONDS) || exit 1; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

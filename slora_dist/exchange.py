@@ -12,7 +12,7 @@ from functools import cache, cached_property, partial
 
 from slora_dist.aggregate.factors import Pair
 from slora_dist.aggregate.rules import HEAD, Behaviour, Kinds, behaviour, width
-from slora_dist.config import AnyPhase, Config, WireConfig
+from slora_dist.config import AnyPhase, CommConfig, Config
 from slora_dist.fisher import Selection, selection
 from slora_dist.roundplan import absent, sample
 from slora_dist.support import Part, Slot, Support
@@ -45,13 +45,13 @@ class Exchange:
         members: Sequence[int] = (0,),
     ) -> None:
         self.phase, self.first, self.rounds, self.coordinates = phase, first, phase.rounds, coordinates
-        self._folded = _folded(pairs, width(phase, config.sampled), config.comm.wire)
+        self._folded = _folded(pairs, width(phase, config.sampled), config.comm)
         self._everybody = tuple(range(config.clients.count))
         self.behaviour: Behaviour = behaviour(phase)
         self._sample = cache(lambda number: sample(config, number, absent(config, number, size, members)))
         self.among = partial(Exchange, config, phase, first, coordinates, pairs)
         self._part = cache(coordinates.part)
-        self._wires = cache(lambda kinds: Wires.of(self._part(kinds).support, config.comm.wire))
+        self._wires = cache(lambda kinds: Wires.of(self._part(kinds).support, config.comm))
 
     @cached_property
     def selection(self) -> Selection | None:
@@ -123,11 +123,11 @@ class Exchange:
         return next((at for at in range(number - 1, self.first - 1, -1) if client in self._sample(at)), None)
 
 
-def _folded(pairs: Sequence[Pair], blocks: int, settings: WireConfig) -> Wires | None:
+def _folded(pairs: Sequence[Pair], blocks: int, comm: CommConfig) -> Wires | None:
     """Return the codecs of what the base takes over, ``blocks`` clients' factors wide: for every layer its left and its right factor."""
     slots = []
     for pair in pairs if blocks else ():
         columns = blocks * pair.rank
         slots.append(Slot.whole(f"{pair.layer}.fold_A", (columns, pair.in_features), "factor_a"))
         slots.append(Slot.whole(f"{pair.layer}.fold_B", (pair.out_features, columns), "factor_b"))
-    return Wires.of(Support(slots), settings) if slots else None
+    return Wires.of(Support(slots), comm) if slots else None

@@ -20,6 +20,7 @@ from slora_dist.ending import Where
 from slora_dist.errors import ConfigError
 from slora_dist.ledger import Ledger
 from slora_dist.network import Network, check_network, routing
+from slora_dist.privacy import check_accounting
 from slora_dist.roundplan import check_world, home
 from slora_dist.rounds.seat import Seat
 from slora_dist.rounds.session import Session
@@ -99,6 +100,7 @@ class Job:
         rank, size = self.comm.rank, self.comm.size
         check_world(self.config, size)
         check_network(self.config, size)
+        check_accounting(self.config)
         federation = Federation(self.config, model.tokenizer(self.config.model))
         federation.open(_at_home(self.config, rank, size))
         classifier = model.load(self.config.model, federation.names, self.config.run.seed)

@@ -67,7 +67,9 @@ class Ledger:
         """Turn what was noted since the last ``take`` into bytes of collectives that came to nothing: their round is played again."""
         for entry in self.entries:
             label = Label(entry.label.phase, entry.label.round, "control", {BROKEN: sum(entry.label.by_kind.values())})
-            self.broken.append(replace(entry, label=label, timing=Timing(entry.timing.began, entry.timing.seconds)))
+            timing = Timing(entry.timing.began, entry.timing.seconds)
+            varying = {BROKEN: sum(payload(entry).values())} if entry.varying else {}
+            self.broken.append(replace(entry, label=label, timing=timing, varying=varying))
         self.entries = []
 
     def take(self) -> list[Entry]:
@@ -76,12 +78,17 @@ class Ledger:
         return entries
 
 
+def payload(entry: Entry) -> dict[str, int]:
+    """Return the bytes of an entry's messages by kind, of all clients that this rank played in it."""
+    return {kind: count * entry.clients for kind, count in entry.label.by_kind.items()} | entry.varying
+
+
 def line(rank: int, entry: Entry, began: float, wait: float) -> Row:
     """Return the line of the ledger for an entry: ``kind`` joins the kinds in the message, ``bytes_by_kind`` splits the payload.
 
     ``began`` is Unix time on rank 0's clock; ``wait`` is the part of ``seconds`` before the slowest rank that contributes was ready.
     """
-    by_kind = {kind: count * entry.clients for kind, count in entry.label.by_kind.items()} | entry.varying
+    by_kind = payload(entry)
     return {
         "rank": rank,
         "round": entry.label.round,

@@ -57,7 +57,8 @@ def full_finetuning(config: Config, classifier: Classifier) -> dict[Direction, i
     """Return the payload of full fine-tuning in the same rounds with the same clients and number format."""
     coordinates = methods.support(DensePhase(), classifier, config.method, config.run.seed)
     rounds = sum(phase.rounds for phase in config.method.resolved())
-    wires, messages = Wires.of(coordinates, config.comm.wire.model_copy(update={"topk": None})), config.sampled * rounds
+    wire, messages = config.comm.wire.model_copy(update={"topk": None}), config.sampled * rounds
+    wires = Wires.of(coordinates, config.comm.model_copy(update={"wire": wire}))
     return {"up": wires.up.nbytes * messages, "down": wires.down.nbytes * messages}
 
 

@@ -123,7 +123,7 @@ class RunFolder:
                 raise ValueError("no state of a run")
             path = path.with_name("state.safetensors")
             return Checkpoint(load_file(path), values)
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:  # brackets without end
             cause = str(error).partition("\n")[0]
             raise ConfigError("--resume", f"{path} cannot be read ({cause})", "a run with a complete checkpoint") from None
 

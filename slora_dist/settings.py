@@ -29,7 +29,7 @@ def read_mapping(path: str | Path, section: type[Section], content: str, form: s
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"cannot be read ({error.__class__.__name__})", "a readable YAML file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, brackets without end
         raise ConfigError(str(path), f"is not YAML: {' '.join(str(error).split())}", f"a YAML file of {form}") from None
     if not isinstance(tree, dict):
         raise ConfigError(str(path), f"holds no {content}", f"a mapping with {', '.join(section.model_fields)}")
@@ -50,7 +50,7 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(override, "is no override", "section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(name, f"{text!r} is not a YAML value", "a number, a word, a list in [], a mapping in {}") from None
     *parents, last = name.split(".")
     node: Any = tree

@@ -27,6 +27,7 @@ def summarize(config: Config, folder: RunFolder, classifier: Classifier, switch:
         "payload_bytes_per_client_and_round": per_client,
         "full_finetuning_payload_bytes": full_finetuning(config, classifier),
         "switch": switch,
+        "privacy": metrics[-1].get("privacy"),
         "seconds": _seconds(metrics),
         "network_seconds": sum(line["network"]["seconds"] for line in metrics) if all(line["network"] for line in metrics) else None,
         "collectives": _collectives(ledger),

@@ -17,6 +17,7 @@ from slora_dist import codec
 from slora_dist.config import Indices, Values
 from slora_dist.errors import RunError
 from slora_dist.formats import FORMATS
+from slora_dist.masks import largest
 from slora_dist.support import Support
 
 _ESCAPE = 255  # a gap from which on a code needs another byte
@@ -47,7 +48,7 @@ class TopK:
     def encode(self, update_N: Tensor) -> Tensor:
         """Return the bytes of the largest coordinates: contiguous uint8."""
         update_N = update_N.detach().cpu()
-        index_k = largest(update_N, self.k)
+        index_k = largest(update_N.abs(), self.k)
         if self.indices == "int32":
             code_B = index_k.int().view(torch.uint8)
         else:
@@ -89,14 +90,6 @@ class TopK:
         if int(index_k[0]) < 0 or int(index_k[-1]) >= numel or not bool((index_k.diff() > 0).all()):
             raise RunError(f"positions that do not ascend within 0 to {numel - 1}")
         return index_k
-
-
-def largest(update_N: Tensor, k: int) -> Tensor:
-    """Return the ascending positions of the k largest magnitudes; of equal ones the first, so that the choice is the same everywhere."""
-    magnitude_N = update_N.abs()
-    least = magnitude_N.topk(k).values[-1]
-    above, equal = (magnitude_N > least).nonzero().view(-1), (magnitude_N == least).nonzero().view(-1)
-    return torch.cat([above, equal[: k - len(above)]]).sort().values
 
 
 def _expected(numel: int, k: int, indices: Indices) -> int:

@@ -20,9 +20,10 @@ from slora_dist.agreement import tell
 from slora_dist.comm.base import Chunk
 from slora_dist.comm.metered import Metered
 from slora_dist.errors import RunError
+from slora_dist.fixed import Fixed
 from slora_dist.ledger import Label
 from slora_dist.topk import TopK
-from slora_dist.wire import HEADER_BYTES, Header, Wire
+from slora_dist.wire import HEADER_BYTES, Body, Header, Wire, frame
 
 Updates = Iterator[tuple[Header, Tensor]]  # of this rank's clients, made when asked for: (header, delta_N)
 
@@ -36,7 +37,7 @@ class Upload:
     With ``holds`` rank 0 keeps every update, for a rule that needs all of them at once.
     """
 
-    wire: Wire | TopK
+    wire: Wire | TopK | Fixed
     label: Label
     expected: Sequence[Header]
     ranks: Sequence[int]
@@ -63,17 +64,19 @@ def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
     wire, headers = upload.wire, list[Header]()
     if isinstance(wire, TopK):
         return _gather_largest(comm, upload, wire, updates)
+    assert isinstance(wire, Wire)
     kept = Kept(wire.support.numel) if upload.holds else None
     mean = kept or Mean(wire.support.numel)
     spent, weight = 0.0, 1.0
-    messages = (torch.cat([header.pack(), wire.encode(delta_N.cpu())]) for header, delta_N in updates)
+    messages = (frame(header, wire.encode(delta_N.cpu())) for header, delta_N in updates)
     for message, offset, chunk_b in comm.gather(messages, upload.ranks, upload.label, HEADER_BYTES + wire.nbytes, header=True):
         began = time.perf_counter()
         if offset == 0:
             headers.append(Header.unpack(chunk_b[:HEADER_BYTES], upload.expected[message]))
             chunk_b, offset = chunk_b[HEADER_BYTES:], HEADER_BYTES
-            weight = upload.weight(headers[-1])
+            weight, body = upload.weight(headers[-1]), Body(headers[-1])
             mean.count(weight)
+        body.take(chunk_b)
         mean.add(*wire.decode_chunk(offset - HEADER_BYTES, chunk_b), weight)
         spent += time.perf_counter() - began
     return Received(headers, mean.result(), spent, kept) if comm.rank == 0 else None
@@ -85,22 +88,18 @@ def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates)
     kept = Kept(wire.support.numel) if upload.holds else None
     mean = kept or Mean(wire.support.numel)
     size = None if wire.varies else HEADER_BYTES + wire.nbytes
-    chunks = comm.gather(_largest(wire, updates), upload.ranks, upload.label, size, header=True)
+    messages = (frame(header, wire.encode(delta_N)) for header, delta_N in updates)
+    chunks = comm.gather(messages, upload.ranks, upload.label, size, header=True)
     for message, whole_B in wholes(chunks, HEADER_BYTES + wire.most):
         began = time.perf_counter()
         expected = replace(upload.expected[message], body_bytes=whole_B.numel() - HEADER_BYTES)
         headers.append(Header.unpack(whole_B[:HEADER_BYTES], expected))
+        Body(headers[-1]).take(whole_B[HEADER_BYTES:])
         weight = upload.weight(headers[-1])
         mean.count(weight)
         mean.scatter(*wire.decode(whole_B[HEADER_BYTES:]), weight)
         spent += time.perf_counter() - began
     return Received(headers, mean.result(), spent, kept) if comm.rank == 0 else None
-
-
-def _largest(wire: TopK, updates: Updates) -> Iterator[Tensor]:
-    for header, delta_N in updates:
-        body_B = wire.encode(delta_N)
-        yield torch.cat([replace(header, body_bytes=body_B.numel()).pack(), body_B])
 
 
 def wholes(chunks: Iterator[Chunk], most: int) -> Iterator[tuple[int, Tensor]]:
@@ -134,7 +133,7 @@ def reduce(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
     return Received(headers, mean_N, time.perf_counter() - began)
 
 
-def choose(comm: Metered, wire: Wire | TopK, phase: str, number: int) -> str:
+def choose(comm: Metered, wire: Wire | TopK | Fixed, phase: str, number: int) -> str:
     """Return the faster of ``gather`` and ``reduce`` on this transport for messages of this size, as measured now by rank 0."""
     if comm.size == 1:
         return "gather"

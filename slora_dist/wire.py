@@ -9,29 +9,35 @@ Legend: N coordinates, M masked coordinates, S blocks with a scale, B bytes, n a
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
+from zlib import crc32
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from slora_dist import codec
-from slora_dist.config import Indices, Values, WireConfig
+from slora_dist.config import CommConfig, Indices, Values
 from slora_dist.errors import RunError
+from slora_dist.fixed import Fixed
 from slora_dist.formats import FORMATS
 from slora_dist.support import Support
 from slora_dist.topk import TopK
 
 HEADER_BYTES = 64
-_HEADER = struct.Struct("<4sHHIIIIddQ16x")
-_MAGIC, _VERSION = b"SLRA", 1
+_HEADER = struct.Struct("<4sHHIIIIddQI8x")
+_CHECKSUM = struct.Struct("<I")
+_MAGIC, _VERSION = b"SLRA", 2
 
 
 @dataclass(frozen=True)
 class Header:
-    """What travels before a client's update: who, when, from how many documents, its mean training loss and its seconds of training."""
+    """What travels before a client's update: who, when, from how many documents, its mean training loss and its seconds of training.
+
+    ``body_bytes`` and ``checksum`` (CRC-32) are those of the update's bytes; the last four bytes of a header are its own checksum.
+    """
 
     client: int
     phase: int
@@ -40,19 +46,24 @@ class Header:
     loss: float
     seconds: float
     body_bytes: int
+    checksum: int = 0
 
     def pack(self) -> Tensor:
         """Return the header as 64 bytes."""
-        assert _HEADER.size == HEADER_BYTES
-        fields = (self.client, self.phase, self.round, self.num_examples, self.loss, self.seconds, self.body_bytes)
-        return as_bytes(_HEADER.pack(_MAGIC, _VERSION, 0, *fields))
+        assert _HEADER.size + _CHECKSUM.size == HEADER_BYTES
+        fields = (self.client, self.phase, self.round, self.num_examples, self.loss, self.seconds, self.body_bytes, self.checksum)
+        packed = _HEADER.pack(_MAGIC, _VERSION, 0, *fields)
+        return as_bytes(packed + _CHECKSUM.pack(crc32(packed)))
 
     @staticmethod
     def unpack(header_B: Tensor, expected: "Header") -> "Header":
         """Read 64 bytes and hold them against who and what was ``expected`` now; raises ``RunError`` naming the field that differs."""
-        magic, version, _, *fields = _HEADER.unpack(header_B.cpu().numpy().tobytes())
+        packed = header_B.cpu().numpy().tobytes()
+        magic, version, _, *fields = _HEADER.unpack(packed[: _HEADER.size])
         if magic != _MAGIC or version != _VERSION:
             raise RunError(f"message of client {expected.client}: not a slora_dist message of version {_VERSION}")
+        if _CHECKSUM.unpack(packed[_HEADER.size :]) != (crc32(packed[: _HEADER.size]),):
+            raise RunError(f"message of client {expected.client}: its header was damaged on the way")
         header = Header(*fields)
         for name in ("client", "phase", "round", "body_bytes"):
             if getattr(header, name) != getattr(expected, name):
@@ -60,6 +71,26 @@ class Header:
         if header.num_examples < 1:
             raise RunError(f"message of client {expected.client}: trained on no example")
         return header
+
+
+class Body:
+    """The body of a message as it comes in, held to the checksum that its header tells."""
+
+    def __init__(self, header: Header) -> None:
+        self._header, self._left, self._checksum = header, header.body_bytes, 0
+
+    def take(self, chunk_b: Tensor) -> None:
+        """Take the next stretch; with the last one raises ``RunError`` if the body was damaged on the way."""
+        self._checksum = crc32(chunk_b.numpy().data, self._checksum)
+        self._left -= chunk_b.numel()
+        if self._left <= 0 and self._checksum != self._header.checksum:
+            raise RunError(f"message of client {self._header.client}: damaged on the way")
+
+
+def frame(header: Header, body_B: Tensor) -> Tensor:
+    """Return a client's message: its header, with length and checksum of the body, and the body."""
+    told = replace(header, body_bytes=body_B.numel(), checksum=crc32(body_B.numpy().data))
+    return torch.cat([told.pack(), body_B])
 
 
 class Wire:
@@ -123,13 +154,16 @@ class Wire:
 class Wires:
     """The codecs of a phase: of the broadcast, and of what clients send."""
 
-    up: Wire | TopK
+    up: Wire | TopK | Fixed
     down: Wire
 
     @staticmethod
-    def of(support: Support, settings: WireConfig) -> "Wires":
+    def of(support: Support, comm: CommConfig) -> "Wires":
         """Return the codecs that the settings ask for."""
+        settings = comm.wire
         down = Wire(support, settings.down, "implicit" if settings.topk else settings.indices)
+        if comm.sum == "exact":
+            return Wires(Fixed(support, comm.sum_bits), down)
         if settings.topk:
             return Wires(TopK(support, settings.up, settings.indices, settings.topk), down)
         return Wires(down if settings.up == settings.down else Wire(support, settings.up, settings.indices), down)

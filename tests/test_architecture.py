@@ -12,12 +12,12 @@ from tests.tiny import ROOT
 
 LEVELS = (
     "config ending errors log secret section seeding settings world",
-    "codec completion counters formats journal ledger linear links masks sparse support svd topk wire",
+    "codec completion counters fixed formats journal ledger linear links masks secure sparse support svd topk wire",
     "comm",
     "aggregate data",
-    "model network roundplan",
+    "model network privacy roundplan",
     "client clientstate fisher methods",
-    "adapters admission agreement clock evaluate exchange export handover plan runfolder stage summary timing upload",
+    "adapters admission agreement clock evaluate exactsum exchange export handover plan runfolder stage summary timing upload",
     "rounds",
     "audit device job report scalars show study",
     "calibrate",

@@ -27,6 +27,8 @@ TOGETHER = {
     "gradient": ("method.name=sft", "method.sparse.mask=gradient"),
     "reduce": ("comm.collective=reduce",),
     "topk": ("comm.wire.topk=0.1", "comm.wire.indices=gap"),
+    "exact": ("comm.sum=exact", "server.weighting=examples"),
+    "secure": ("comm.sum=exact", "comm.secure=true", "comm.sum_bits=64", "comm.collective=reduce"),
     "auto": ("comm.collective=auto", "clients.count=7"),
 }
 NAMES = ("alone", *TOGETHER, "resumed", "moved", "mask moved")  # moved: begun by one rank, ended by two

@@ -55,7 +55,7 @@ def test_settings_do_not_change_after_validation() -> None:
 
 PISSA = {"kind": "lowrank", "init": "pissa"}
 BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the message says is allowed
-    ("metod", {"metod": {}}, "clients, comm, data, method, model, network, run, server"),
+    ("metod", {"metod": {}}, "clients, comm, data, method, model, network, privacy, run, server"),
     ("clients.cuont", {"clients": {"cuont": 3}}, "batch_size, count, epochs"),
     ("method.sparse.desnity", {"method": {"sparse": {"desnity": 0.1}}}, "density, lr, lr_decay, mask, mask_documents, rounds, scope"),
     ("comm.wire.value", {"comm": {"wire": {"value": "float32"}}}, "down_values, feedback, indices, topk, up_values, values"),

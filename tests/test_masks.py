@@ -5,10 +5,12 @@ import hashlib
 import pytest
 import scipy.stats
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slora_dist import methods
 from slora_dist.config import MethodConfig, SparsePhase
-from slora_dist.masks import grid, kept, largest, random_mask
+from slora_dist.masks import Pattern, grid, kept, largest, random_mask
 from tests.families import build
 
 
@@ -80,3 +82,20 @@ def test_a_mask_by_magnitude_keeps_the_largest_weights() -> None:
         frozen = torch.ones(len(weights), dtype=torch.bool).index_fill(0, slot.index, False)
         assert slot.count == round(0.1 * len(weights)) and weights[slot.index].min() >= weights[frozen].max()
     assert one.fingerprint(one.reference(classifier.net)) == same.fingerprint(same.reference(classifier.net))
+
+
+@given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 2**63 - 1))
+def test_any_mask_has_its_count_of_ascending_positions(numel: int, density: float, seed: int) -> None:
+    count = kept(numel, density)
+    mask = random_mask(numel, count, seed)
+    assert mask.shape == (count,) and abs(count - density * numel) <= 1
+    assert not count or (int(mask[0]) >= 0 and int(mask[-1]) < numel and bool((mask.diff() > 0).all()))
+    assert torch.equal(mask, random_mask(numel, count, seed))
+
+
+@given(st.tuples(st.integers(1, 60), st.integers(1, 60)), st.floats(0.001, 1), st.sampled_from(["rows", "columns", "product"]))
+def test_any_grid_lies_in_its_matrix_and_keeps_nearly_the_density(shape: tuple[int, int], density: float, pattern: Pattern) -> None:
+    cells = grid(shape, density, pattern)
+    assert cells is not None and all(1 <= cell <= side for cell, side in zip(cells, shape, strict=True))
+    whole = {"rows": shape[1], "columns": shape[0], "product": max(shape)}[pattern]
+    assert abs(cells[0] * cells[1] - density * shape[0] * shape[1]) <= whole

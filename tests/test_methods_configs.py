@@ -14,7 +14,7 @@ from slora_dist.job import Job
 from slora_dist.runfolder import RunFolder
 from tests.tiny import ROOT
 
-FILES = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+FILES = sorted(path for room in ("methods", "wire") for path in (ROOT / "configs" / room).glob("*.yaml"))
 SHORT = ("clients.per_round=2", "clients.epochs=1", "data.limit=60", "data.test_limit=30")
 
 

@@ -4,13 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from numpy.typing import NDArray
 from torch import Tensor
 
 from slora_dist import codec
@@ -19,7 +14,7 @@ from slora_dist.audit.run import Run
 from slora_dist.config import Indices, Values
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.support import Slot, Support
-from slora_dist.topk import TopK, largest
+from slora_dist.topk import TopK
 from slora_dist.upload import wholes
 from slora_dist.wire import HEADER_BYTES
 from tests.tiny import SHORT, metrics, run, same, tiny
@@ -51,12 +46,6 @@ def test_round_trip(values: Values, indices: Indices) -> None:
         assert body_B.numel() == wire.nbytes
     else:
         assert math.isclose(body_B.numel(), wire.nbytes, rel_tol=0.25), "an estimate is near for positions at random"
-
-
-@given(arrays(np.float32, 50, elements=st.sampled_from([0.0, 1.0, -1.0, 2.0])), st.integers(1, 50))
-def test_the_largest_are_chosen_and_the_first_of_equal_ones(update: NDArray[np.float32], k: int) -> None:
-    index_k = largest(torch.from_numpy(update), k)
-    assert index_k.tolist() == sorted(sorted(range(50), key=lambda at: (-abs(update[at]), at))[:k])
 
 
 @every_index

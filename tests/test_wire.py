@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slora_dist import codec
-from slora_dist.config import Indices, Values, WireConfig
+from slora_dist.config import CommConfig, Indices, Values, WireConfig
 from slora_dist.errors import RunError
 from slora_dist.formats import FORMATS
 from slora_dist.support import Slot, Support
@@ -143,9 +143,9 @@ def test_what_rounding_takes_from_a_broadcast_is_not_lost(values: Values) -> Non
 
 
 def test_each_way_has_its_own_format() -> None:
-    wires = Wires.of(SUPPORT, WireConfig(values="int8", up_values="int4"))
+    wires = Wires.of(SUPPORT, CommConfig(wire=WireConfig(values="int8", up_values="int4")))
     assert (wires.up.format, wires.down.format) == (FORMATS["int4"], FORMATS["int8"])
-    wires = Wires.of(SUPPORT, WireConfig(down_values="bfloat16", indices="int32"))
+    wires = Wires.of(SUPPORT, CommConfig(wire=WireConfig(down_values="bfloat16", indices="int32")))
     assert (wires.up.format, wires.down.format) == (FORMATS["float32"], FORMATS["bfloat16"])
     assert wires.up.index_bytes == wires.down.index_bytes == 4 * MASKED
 

@@ -15,6 +15,7 @@ from slora_dist.config import Config, LowrankPhase
 from slora_dist.exchange import Exchange
 from slora_dist.ledger import Row
 from slora_dist.roundplan import RoundPlan, home, plan_round
+from slora_dist.secure import KEY_BYTES
 from slora_dist.upload import PROBE_BYTES, PROBES
 from slora_dist.wire import HEADER_BYTES
 
@@ -165,9 +166,16 @@ class Protocol:
         for message in exchange.folds():
             yield from ranks.broadcast(number, name, "down", message.wires.down.by_kind(), self._hosted(ranks.size))
         wire = exchange.up(number).wires.up
+        if self.config.comm.sum == "exact":
+            yield from ranks.gather(number, name, "control", {"scale": WORD_BYTES}, clients, WORD_BYTES)
+            yield from ranks.broadcast(number, name, "control", {"scale": WORD_BYTES}, [1] * ranks.size)
+        if self.config.comm.secure:
+            keys = {"key": KEY_BYTES * len(plan.clients)}
+            yield from ranks.gather(number, name, "control", {"key": KEY_BYTES}, clients, KEY_BYTES)
+            yield from ranks.broadcast(number, name, "control", keys, clients)
         headers = partial(ranks.gather, number, name, "control", {"header": HEADER_BYTES}, clients)
         if collective == "reduce":
-            yield from ranks.reduce(number, name, "up", wire.by_kind(), clients, 4 * wire.support.numel)
+            yield from ranks.reduce(number, name, "up", wire.by_kind(), clients, wire.nbytes)
             yield from headers(HEADER_BYTES)
         else:
             by_kind = {kind: FREE if kind == wire.varies else count for kind, count in wire.by_kind().items()}

@@ -1,7 +1,7 @@
 """The settings of a run: typed sections, each setting documented once, here. ``settings.py`` reads them from YAML."""
 
 from slora_dist.config.clients import ClientsConfig
-from slora_dist.config.comm import CommConfig, Indices, Values, WireConfig
+from slora_dist.config.comm import CommConfig, Indices, SumBits, Values, WireConfig
 from slora_dist.config.data import DataConfig
 from slora_dist.config.method import (
     PRESETS,
@@ -19,6 +19,7 @@ from slora_dist.config.method import (
 )
 from slora_dist.config.model import ModelConfig
 from slora_dist.config.network import LinkConfig, NetworkConfig, SharedLinkConfig
+from slora_dist.config.privacy import PrivacyConfig
 from slora_dist.config.run import Config, RunConfig
 from slora_dist.config.server import ServerConfig
 
@@ -41,11 +42,13 @@ __all__ = [
     "NetworkConfig",
     "PfeifferPhase",
     "Phase",
+    "PrivacyConfig",
     "Rule",
     "RunConfig",
     "ServerConfig",
     "SharedLinkConfig",
     "SparsePhase",
+    "SumBits",
     "Values",
     "WireConfig",
 ]

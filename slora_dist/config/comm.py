@@ -7,6 +7,7 @@ from pydantic import Field
 from slora_dist.section import Positive, Section, Share
 
 Values = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+SumBits = Literal[32, 64]
 Indices = Literal["implicit", "gap", "gap+zstd", "int32"]
 
 
@@ -55,6 +56,15 @@ class CommConfig(Section):
     )
     client_timeout: Positive = Field(
         60.0, description="Seconds of silence after which a rank counts as dead, where `clients.min_clients` lets a run go on without it."
+    )
+    sum: Literal["float", "exact"] = Field(
+        "float",
+        description="How updates are added: as float32; or as integers under a scale that a round's clients agree on, so that the order of addition changes no bit.",
+    )
+    sum_bits: SumBits = Field(32, description="Bits of an integer of an exact sum, 32 or 64: what travels for each value.")
+    secure: bool = Field(
+        False,
+        description="Secure aggregation: clients mask the integers of an exact sum in pairs, so that rank 0 learns nothing but the sum.",
     )
     timeout: Positive = Field(
         1800.0, description="Seconds that a rank waits for another inside one operation; must cover a client's training."

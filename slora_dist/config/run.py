@@ -10,6 +10,7 @@ from slora_dist.config.data import DataConfig
 from slora_dist.config.method import LowrankPhase, MethodConfig
 from slora_dist.config.model import ModelConfig
 from slora_dist.config.network import NetworkConfig
+from slora_dist.config.privacy import PrivacyConfig
 from slora_dist.config.server import ServerConfig
 from slora_dist.errors import ConfigError
 from slora_dist.section import Section
@@ -23,6 +24,9 @@ class RunConfig(Section):
     threads: int = Field(1, ge=1, description="CPU threads of a rank. Part of what fixes the bits: sums depend on it.")
 
 
+SUMMED = ("fedavg", "ffa", "rolora", "fedsvd")  # rules of a low-rank phase that need of the updates their sum only
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -32,6 +36,7 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     server: ServerConfig = ServerConfig()
     comm: CommConfig = CommConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     network: NetworkConfig = NetworkConfig()
     run: RunConfig = RunConfig()
 
@@ -87,6 +92,8 @@ class Config(Section):
         chosen = any(phase.kind == "sparse" and phase.chosen for phase in self.method.resolved())
         if chosen and not self.comm.wire.topk and self.comm.wire.indices != "implicit":
             raise ConfigError("comm.wire.indices", f"{self.comm.wire.indices} with a mask that all ranks know by then", "implicit")
+        self._sum_fits()
+        self._privacy_fits()
         if self.data.answer is not None and self.model.task != "causal_lm":
             raise ConfigError("data.answer", f"given with model.task {self.model.task}", "`model.task: causal_lm`, or no answer")
         if self.data.template is not None and self.data.answer is None:
@@ -97,12 +104,48 @@ class Config(Section):
             raise ConfigError("data.test_path", "missing", "a held-out file, when each client has its own file")
         return self
 
+    def _sum_fits(self) -> None:
+        wire, exact = self.comm.wire, self.comm.sum == "exact"
+        if self.comm.secure and not exact:
+            raise ConfigError("comm.secure", f"with comm.sum {self.comm.sum}", "comm.sum exact: masks cancel in sums of integers only")
+        if self.comm.secure and self.sampled < 2:
+            raise ConfigError("comm.secure", "a client of its own in a round has nobody to mask with", "clients.per_round of 2 or more")
+        if exact and (wire.up, wire.indices, wire.topk) != ("float32", "implicit", None):
+            problem = "exact, where integers of comm.sum_bits travel up"
+            raise ConfigError("comm.sum", problem, "float; or uploads of float32 values with implicit indices and no topk")
+        if exact and not self._needs_sums_only:
+            raise ConfigError("comm.sum", "exact with a rule that needs every client's factors", f"float, or rules {', '.join(SUMMED)}")
+
+    @property
+    def _needs_sums_only(self) -> bool:
+        return all(phase.rule in SUMMED for phase in self.method.resolved() if isinstance(phase, LowrankPhase))
+
+    def _privacy_fits(self) -> None:
+        settings = self.privacy
+        measured = any(phase.kind == "sparse" and phase.mask == "gradient" for phase in self.method.resolved())
+        if measured and (self.comm.secure or settings.noise_multiplier):
+            problem = "gradient: rank 0 sees what every client measures for it"
+            raise ConfigError("method.sparse.mask", problem, "another mask, with comm.secure or privacy.noise_multiplier")
+        if settings.noise == "distributed" and not self.comm.secure:
+            raise ConfigError("privacy.noise", "distributed, but rank 0 sees every client's update", "central; or comm.secure")
+        if not settings.noise_multiplier:
+            return
+        if settings.clip is None:
+            raise ConfigError("privacy.clip", "missing", "the L2 norm that bounds a client's update, with privacy.noise_multiplier")
+        if self.server.weighting != "uniform":
+            raise ConfigError(
+                "server.weighting", "examples: a client's weight would not be bounded", "uniform, with privacy.noise_multiplier"
+            )
+        if (self.comm.wire.up, self.comm.wire.topk) != ("float32", None) or not self._needs_sums_only:
+            problem = "noise on sums, where updates are changed after they were clipped, or looked at one by one"
+            raise ConfigError("privacy.noise_multiplier", problem, f"0; or float32 uploads without topk and rules {', '.join(SUMMED)}")
+
     def _rule_fits(self, phase: LowrankPhase) -> None:
         plain = (self.server.optimizer, self.server.lr, self.server.momentum) == ("sgd", 1.0, 0.0)
         if phase.rule not in ("fedavg", "ffa") and not plain:
             problem = f"{phase.rule} sets factors that a server optimiser would move again"
             raise ConfigError("method.lowrank.rule", problem, "fedavg, ffa; or server.optimizer sgd with lr 1 and momentum 0")
-        if phase.rule in ("fedex", "stack", "svd", "fair") and self.comm.collective != "gather":
+        if phase.rule not in SUMMED and self.comm.collective != "gather":
             raise ConfigError(
                 "comm.collective", f"{self.comm.collective} with rule {phase.rule}, which needs every client's factors", "gather"
             )

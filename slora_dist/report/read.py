@@ -48,6 +48,11 @@ class Run:
         return self.summary["switch"] if self.summary else None
 
     @property
+    def privacy(self) -> dict[str, float] | None:
+        """Epsilon after the last round, where noise is added."""
+        return self.rounds[-1].get("privacy") if self.rounds else None
+
+    @property
     def state(self) -> str:
         """``finished``, or how far it got."""
         return "finished" if self.summary else f"unfinished, {len(self.rounds)} of {self.planned} rounds"

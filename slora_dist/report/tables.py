@@ -221,6 +221,18 @@ def _switch_row(switch: dict[str, Any]) -> list[str]:
     return [before, after, *losses, percent(switch["kept_energy_total"])]
 
 
+def privacy(groups: Sequence[Group]) -> Table:
+    """Epsilon of the runs that add noise."""
+    columns = ("run", "seed", "noise multiplier", "clip", "delta", "epsilon", "without sampling")
+    rows = []
+    for label, run, spent in ((group.label, run, spent) for group in groups for run in group.runs if (spent := run.privacy)):
+        settings = run.config.privacy
+        figures = [settings.noise_multiplier, settings.clip, spent["delta"], spent["epsilon"], spent["epsilon_unsampled"]]
+        rows.append([label, str(run.config.run.seed), *(f"{figure:.4g}" for figure in figures)])
+    source = "metrics.jsonl: privacy, the last round's. Without sampling: against those who know the clients of every round."
+    return Table("Differential privacy", columns, rows, source, left=2)
+
+
 def prediction(predicted: Mapping[str, Mapping[str, float]], measured: Mapping[str, Mapping[str, float]]) -> Table:
     """Mean seconds of a round, foretold and measured, by phase and part."""
     rows = [

@@ -18,6 +18,7 @@ from slora_dist.errors import RunError
 from slora_dist.evaluate import Score
 from slora_dist.exchange import Exchange
 from slora_dist.fisher import Selection, selection
+from slora_dist.fixed import Fixed
 from slora_dist.handover import spread
 from slora_dist.ledger import Label
 from slora_dist.model import head_parameters
@@ -97,7 +98,7 @@ def _enter(seat: Seat, at: int, mask: Callable[[str, int, Selection], Tensor]) -
     return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, None, collective, found, mask_B)
 
 
-def _collective(seat: Seat, wire: Wire | TopK, name: str, number: int) -> str:
+def _collective(seat: Seat, wire: Wire | TopK | Fixed, name: str, number: int) -> str:
     seat.where.operation = "probe"
     chosen = seat.config.comm.collective
     return upload.choose(seat.comm, wire, name, number) if chosen == "auto" else chosen

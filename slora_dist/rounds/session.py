@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from slora_dist import upload
+from slora_dist import privacy, upload
 from slora_dist.aggregate.rules import Fold
 from slora_dist.agreement import gather_bytes, tell
 from slora_dist.client import Recipe, train
 from slora_dist.clock import synchronize
 from slora_dist.errors import TransportError
 from slora_dist.evaluate import figures
+from slora_dist.exactsum import exact
 from slora_dist.export import Result
 from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
@@ -121,6 +122,7 @@ class Session:
             record["missing"] = missing(self.seat, number)
         if received:
             record |= self._judge(stage, number, received)
+            record["privacy"] = privacy.spent(self.config, number)
             if self._due(stage, number) == "overlap":
                 self._unjudged = record
             nbytes = (down + folded, HEADER_BYTES + stage.exchange.up(number).wires.up.nbytes)
@@ -173,11 +175,15 @@ class Session:
         expected = [Header(client, stage.at, number, 1, 0.0, 0.0, wire.nbytes) for client in plan.clients]
         by_examples, holds = self.config.server.weighting == "examples", stage.exchange.behaviour.holds
         job = Upload(wire, stage.label(number, "up", wire.by_kind()), expected, plan.ranks, by_examples, holds)
-        updates = self._updates(stage, number, plan.played_by(self.comm.rank))
-        received = (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
+        updates = self._bounded(number, len(plan.clients), self._updates(stage, number, plan.played_by(self.comm.rank)))
+        if self.config.comm.sum == "exact":
+            received = exact(self.comm, job, updates, stage.collective, self.config.comm.secure)
+        else:
+            received = (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
         folds: dict[str, Fold] = {}
         if received and stage.server:
             began = time.perf_counter() - received.seconds  # buckets were added as they came: here they stand together, at the end
+            self._hide(number, received)
             folds = move.step(self.seat, stage, number, received)
             self.journal.note("aggregate", stage.name, number, began, time.perf_counter() - began)
         return received, move.fold(self.seat, stage, number, folds)
@@ -211,6 +217,22 @@ class Session:
             if self.seat.group:
                 self._finished[client] = header, delta_N
             yield header, delta_N
+
+    def _bounded(self, number: int, clients: int, updates: Iterator[tuple[Header, Tensor]]) -> Iterator[tuple[Header, Tensor]]:
+        """Clip updates, and add each client's part of distributed noise."""
+        settings = self.config.privacy
+        for header, delta_N in updates:
+            if settings.clip is not None:
+                delta_N = privacy.clip(delta_N, settings.clip)
+            if settings.noise_multiplier and settings.noise == "distributed":
+                delta_N = delta_N.cpu() + privacy.noise(self.config, delta_N.numel(), 1 / clients, number, 1 + header.client)
+            yield header, delta_N
+
+    def _hide(self, number: int, received: Received) -> None:
+        """Add central noise to the mean: that of the sum, divided as the sum was."""
+        if self.config.privacy.noise_multiplier and self.config.privacy.noise == "central":
+            noise_N = privacy.noise(self.config, received.mean_N.numel(), 1.0, number, 0)
+            received.mean_N.add_(noise_N, alpha=1 / len(received.headers))
 
     def _owed(self, wire: TopK, stage: Stage, number: int, client: int, delta_N: Tensor) -> Tensor:
         """Return an update with what the client has not sent so far, and let it keep what it will not send now either."""

@@ -2,6 +2,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from slora_dist.config import DataConfig
 from slora_dist.data.partition import split
@@ -113,3 +115,22 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], recwarn: pytest.W
     split(natural(), config("natural"), 3, seed=0)
     split(documents(40), config("dirichlet", alpha=0.1), 6, seed=0)  # needs a second attempt, of which flwr warns
     assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    partition=st.sampled_from(["iid", "dirichlet", "quantity", "pathological"]),
+    total=st.integers(1, 200),
+    count=st.integers(1, 12),
+    alpha=st.floats(0.01, 100),
+    seed=st.integers(0, 2**31),
+)
+def test_any_split_gives_documents_to_one_client_or_says_why_not(partition: str, total: int, count: int, alpha: float, seed: int) -> None:
+    try:
+        parts = split(documents(total), config(partition, alpha=alpha), count, seed)
+    except ConfigError:
+        return
+    joined = np.concatenate(parts)
+    assert len(parts) == count and min(map(len, parts)) >= 1
+    assert len(set(joined.tolist())) == len(joined) and joined.min() >= 0 and joined.max() < total
+    assert partition == "pathological" or len(joined) == total

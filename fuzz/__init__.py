@@ -1,0 +1,1 @@
+"""Coverage-guided fuzzing of what is read from others: ``make fuzz``."""
