@@ -134,10 +134,11 @@ def nan_update(number: int, mark: Path) -> Saboteur:
     def saboteur() -> None:
         from dataclasses import replace
 
+        from slora_dist import client
         from slora_dist.rounds import session
 
         here: list[int] = []
-        play, train = session.Session._round, session.train
+        play, train = session.Session._round, client.train
 
         def played(self: Any, stage: Any, this: int) -> Any:
             here[:] = [this]
@@ -150,7 +151,7 @@ def nan_update(number: int, mark: Path) -> Saboteur:
             mark.write_text(str(time.monotonic()), encoding="utf-8")
             return replace(update, delta_N=torch.full_like(update.delta_N, float("nan")))
 
-        session.Session._round, session.train = played, trained  # type: ignore[method-assign]
+        session.Session._round, client.train = played, trained  # type: ignore[method-assign]
 
     return saboteur
 

@@ -4,6 +4,7 @@ Legend: N coordinates.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from slora_dist.config import ClientsConfig
 from slora_dist.data.tokens import Encoded, batches, order, predicted
+from slora_dist.errors import RunError
 from slora_dist.seeding import derive
 from slora_dist.sparse import training
 from slora_dist.support import Support
@@ -21,12 +23,21 @@ from slora_dist.support import Support
 @dataclass(frozen=True)
 class Update:
     """What a client sends: ``delta_N`` = its weights minus those it was given; ``loss`` is the mean over the documents it trained on
-    (the answers' tokens, of a causal language model)."""
+    (the answers' tokens, of a causal language model).
+
+    One that is left out sends zeros, and says why: ``reason`` is one of ``wire.REASONS``, ``cause`` is for the log.
+    """
 
     delta_N: Tensor
     num_examples: int
     loss: float
     seconds: float
+    reason: str = ""
+    cause: str = ""
+
+
+class Late(Exception):
+    """A client has trained longer than ``clients.round_deadline``."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +50,32 @@ class Recipe:
     pad: int
 
 
+def attempt(net: nn.Module, support: Support, start_N: Tensor, documents: Encoded, recipe: Recipe, seed: int) -> Update:
+    """Do what ``train`` does, where the failure of one client is no failure of the run: it is left out of the round.
+
+    Left out is a client whose training raises, gives numbers that are not finite, or exceeds its deadline.
+    """
+    began = time.perf_counter()
+    try:
+        update = train(net, support, start_N, documents, recipe, seed)
+        if math.isfinite(update.loss) and bool(update.delta_N.isfinite().all()):
+            return update
+        reason, cause = "not finite", f"loss {update.loss}"
+    except RunError:
+        raise
+    except Late as late:
+        reason, cause = "late", str(late)
+    except Exception as error:  # whatever a client's data or a library may raise
+        reason, cause = "failed", f"{error.__class__.__name__}: {str(error).partition(chr(10))[0]}"
+    net.zero_grad(set_to_none=True)  # a step that was broken off has left some; weights are written anew for every client
+    return Update(torch.zeros_like(start_N), 0, 0.0, time.perf_counter() - began, reason, cause)
+
+
 def train(net: nn.Module, support: Support, start_N: Tensor, documents: Encoded, recipe: Recipe, seed: int) -> Update:
     """Train ``net`` from the values ``start_N`` on a client's documents; every random choice comes from ``seed``.
 
     Only the coordinates of ``support`` are written, so that no other weight moves, whatever the optimiser does (weight decay included).
+    Raises ``Late`` after the step that exceeds the deadline.
     """
     began = time.perf_counter()
     device = next(net.parameters()).device
@@ -60,9 +93,16 @@ def train(net: nn.Module, support: Support, start_N: Tensor, documents: Encoded,
             optimizer.step()
             optimizer.zero_grad()
             leaves.settle()
+            _in_time(began, recipe)
             count = predicted(batch["labels"])
             total, seen = total + loss.detach() * count, seen + count
     return Update(support.read(net) - start_N, len(documents), total.item() / seen, time.perf_counter() - began)
+
+
+def _in_time(began: float, recipe: Recipe) -> None:
+    deadline, taken = recipe.clients.round_deadline, time.perf_counter() - began
+    if deadline is not None and taken > deadline:
+        raise Late(f"{taken:.3g} s, clients.round_deadline is {deadline:g} s")
 
 
 def _optimizer(leaves: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:

@@ -46,7 +46,7 @@ def exact(comm: Metered, upload: Upload, updates: Updates, collective: str, secu
     headers, sum_N, spent = (_reduce if collective == "reduce" else _gather)(comm, upload, wire, messages)
     if comm.rank:
         return None
-    return Received(headers, fixed.mean(sum_N, sum(upload.weight(header) for header in headers), exponent), spent)
+    return Received(headers, fixed.mean(sum_N, upload.total(headers), exponent), spent)
 
 
 def _agree(comm: Metered, upload: Upload, own: Sequence[float], wire: Fixed) -> int:

@@ -84,6 +84,8 @@ def finished(folder: RunFolder, summary: dict[str, Any]) -> None:
         console.print(text + (f"; the factors keep {kept:.1%} of the update's energy" if kept is not None else ""), highlight=False)
     for lost in summary["lost"]:
         print(f"lost     rank {lost['rank']} with clients {lost['clients']} in round {lost['round']}: {lost['reason']}")
+    if summary["left_out"]:
+        print("left out of a round: " + ", ".join(f"{count} {reason}" for reason, count in summary["left_out"].items()))
     print(f"adapter  {folder.adapter}")
     print(f"report   {folder.path / 'summary.json'}")
 

@@ -1,5 +1,6 @@
 """The figures of a finished run, re-derived from its own ledger and metrics."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,12 +28,18 @@ def summarize(config: Config, folder: RunFolder, classifier: Classifier, switch:
         "payload_bytes_per_client_and_round": per_client,
         "full_finetuning_payload_bytes": full_finetuning(config, classifier),
         "switch": switch,
+        "left_out": _left_out(metrics),
         "privacy": metrics[-1].get("privacy"),
         "seconds": _seconds(metrics),
         "network_seconds": sum(line["network"]["seconds"] for line in metrics) if all(line["network"] for line in metrics) else None,
         "collectives": _collectives(ledger),
         "counted": _counted(folder.lines("counters")),
     }
+
+
+def _left_out(metrics: list[dict[str, Any]]) -> dict[str, int]:
+    """Count the clients that were left out of rounds, by reason."""
+    return dict(Counter(reason for line in metrics for reason in line.get("left_out", {}).values()))
 
 
 def _seconds(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -34,7 +34,8 @@ PROBE_BYTES, PROBES = 8 << 20, 3
 class Upload:
     """One round's upload: the wire, the ledger's label, what each client's header must say, and the rank that plays each client.
 
-    With ``holds`` rank 0 keeps every update, for a rule that needs all of them at once.
+    With ``holds`` rank 0 keeps every update, for a rule that needs all of them at once. A client that is left out has no weight; with
+    ``absent_count`` it counts as one whose update is zero: noise was measured for so many clients.
     """
 
     wire: Wire | TopK | Fixed
@@ -43,10 +44,19 @@ class Upload:
     ranks: Sequence[int]
     by_examples: bool
     holds: bool = False
+    absent_count: bool = False
 
     def weight(self, header: Header) -> float:
         """Return a client's weight in the mean."""
+        if header.reason and not self.absent_count:
+            return 0.0
         return float(header.num_examples) if self.by_examples else 1.0
+
+    def total(self, headers: Sequence[Header]) -> float:
+        """Return the weight of all clients; raises ``RunError`` when every one of them is left out."""
+        if all(header.reason for header in headers):
+            raise RunError(f"no client has an update: {headers[0].reason}")
+        return sum(self.weight(header) for header in headers)
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,10 @@ def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
         body.take(chunk_b)
         mean.add(*wire.decode_chunk(offset - HEADER_BYTES, chunk_b), weight)
         spent += time.perf_counter() - began
-    return Received(headers, mean.result(), spent, kept) if comm.rank == 0 else None
+    if comm.rank:
+        return None
+    upload.total(headers)
+    return Received(headers, mean.result(), spent, kept)
 
 
 def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates) -> Received | None:
@@ -99,7 +112,10 @@ def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates)
         mean.count(weight)
         mean.scatter(*wire.decode(whole_B[HEADER_BYTES:]), weight)
         spent += time.perf_counter() - began
-    return Received(headers, mean.result(), spent, kept) if comm.rank == 0 else None
+    if comm.rank:
+        return None
+    upload.total(headers)
+    return Received(headers, mean.result(), spent, kept)
 
 
 def wholes(chunks: Iterator[Chunk], most: int) -> Iterator[tuple[int, Tensor]]:
@@ -129,7 +145,7 @@ def reduce(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
     if comm.rank:
         return None
     began = time.perf_counter()
-    mean_N = sum_N / sum(upload.weight(header) for header in headers)
+    mean_N = sum_N / upload.total(headers)
     return Received(headers, mean_N, time.perf_counter() - began)
 
 

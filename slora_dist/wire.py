@@ -30,13 +30,15 @@ HEADER_BYTES = 64
 _HEADER = struct.Struct("<4sHHIIIIddQI8x")
 _CHECKSUM = struct.Struct("<I")
 _MAGIC, _VERSION = b"SLRA", 2
+REASONS = ("", "failed", "not finite", "late")  # why a client is left out of a round; its message then holds zeros
 
 
 @dataclass(frozen=True)
 class Header:
     """What travels before a client's update: who, when, from how many documents, its mean training loss and its seconds of training.
 
-    ``body_bytes`` and ``checksum`` (CRC-32) are those of the update's bytes; the last four bytes of a header are its own checksum.
+    A client that is left out says its ``reason`` and has no examples. ``body_bytes`` and ``checksum`` (CRC-32) are those of the update's
+    bytes; the last four bytes of a header are its own checksum.
     """
 
     client: int
@@ -47,29 +49,34 @@ class Header:
     seconds: float
     body_bytes: int
     checksum: int = 0
+    reason: str = ""
 
     def pack(self) -> Tensor:
         """Return the header as 64 bytes."""
         assert _HEADER.size + _CHECKSUM.size == HEADER_BYTES
         fields = (self.client, self.phase, self.round, self.num_examples, self.loss, self.seconds, self.body_bytes, self.checksum)
-        packed = _HEADER.pack(_MAGIC, _VERSION, 0, *fields)
+        packed = _HEADER.pack(_MAGIC, _VERSION, REASONS.index(self.reason), *fields)
         return as_bytes(packed + _CHECKSUM.pack(crc32(packed)))
 
     @staticmethod
     def unpack(header_B: Tensor, expected: "Header") -> "Header":
         """Read 64 bytes and hold them against who and what was ``expected`` now; raises ``RunError`` naming the field that differs."""
         packed = header_B.cpu().numpy().tobytes()
-        magic, version, _, *fields = _HEADER.unpack(packed[: _HEADER.size])
+        magic, version, why, *fields = _HEADER.unpack(packed[: _HEADER.size])
         if magic != _MAGIC or version != _VERSION:
             raise RunError(f"message of client {expected.client}: not a slora_dist message of version {_VERSION}")
         if _CHECKSUM.unpack(packed[_HEADER.size :]) != (crc32(packed[: _HEADER.size]),):
             raise RunError(f"message of client {expected.client}: its header was damaged on the way")
-        header = Header(*fields)
+        if why >= len(REASONS):
+            raise RunError(f"message of client {expected.client}: left out for a reason that is not known")
+        header = Header(*[*fields, REASONS[why]])
         for name in ("client", "phase", "round", "body_bytes"):
             if getattr(header, name) != getattr(expected, name):
                 raise RunError(f"message of client {expected.client}: {name} {getattr(header, name)}, expected {getattr(expected, name)}")
-        if header.num_examples < 1:
+        if header.num_examples < 1 and not header.reason:
             raise RunError(f"message of client {expected.client}: trained on no example")
+        if header.num_examples and header.reason:
+            raise RunError(f"message of client {expected.client}: left out, and trained on {header.num_examples} examples")
         return header
 
 

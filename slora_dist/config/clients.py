@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from slora_dist.section import NonNegative, Section
+from slora_dist.section import NonNegative, Positive, Section
 
 
 class ClientsConfig(Section):
@@ -14,6 +14,10 @@ class ClientsConfig(Section):
     per_round: int | None = Field(None, ge=1, description="K, the clients sampled each round, without replacement. Empty: all.")
     epochs: int = Field(1, ge=1, description="Local epochs each round.")
     steps: int | None = Field(None, ge=1, description="Local optimiser steps each round, in place of epochs.")
+    round_deadline: Positive | None = Field(
+        None,
+        description="Seconds that a client may train in a round: one that takes longer stops after the step in hand and is left out. Empty: as long as it takes. What is late depends on the machine, so such runs need not repeat.",
+    )
     batch_size: int = Field(32, ge=1, description="Documents in a local step.")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Local optimiser, made anew each round.")
     min_clients: int | None = Field(

@@ -15,7 +15,7 @@ from torch import Tensor
 from slora_dist import privacy, upload
 from slora_dist.aggregate.rules import Fold
 from slora_dist.agreement import gather_bytes, tell
-from slora_dist.client import Recipe, train
+from slora_dist.client import Recipe, attempt
 from slora_dist.clock import synchronize
 from slora_dist.errors import TransportError
 from slora_dist.evaluate import figures
@@ -23,6 +23,7 @@ from slora_dist.exactsum import exact
 from slora_dist.export import Result
 from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
+from slora_dist.log import say
 from slora_dist.roundplan import RoundPlan, plan_round
 from slora_dist.rounds import move, phases
 from slora_dist.rounds.healing import heal, missing
@@ -174,7 +175,8 @@ class Session:
         wire = message.wires.up
         expected = [Header(client, stage.at, number, 1, 0.0, 0.0, wire.nbytes) for client in plan.clients]
         by_examples, holds = self.config.server.weighting == "examples", stage.exchange.behaviour.holds
-        job = Upload(wire, stage.label(number, "up", wire.by_kind()), expected, plan.ranks, by_examples, holds)
+        label, bounded = stage.label(number, "up", wire.by_kind()), self.config.privacy.clip is not None
+        job = Upload(wire, label, expected, plan.ranks, by_examples, holds, absent_count=bounded)
         updates = self._bounded(number, len(plan.clients), self._updates(stage, number, plan.played_by(self.comm.rank)))
         if self.config.comm.sum == "exact":
             received = exact(self.comm, job, updates, stage.collective, self.config.comm.secure)
@@ -208,11 +210,13 @@ class Session:
             seed = derive(self.config.run.seed, "client", number, client)
             documents = self.seat.federation.client(client)
             with self.journal.span("train", stage.name, number, client):
-                update = train(self.seat.net, part.support, part.take(start_N), documents, recipe, seed)
+                update = attempt(self.seat.net, part.support, part.take(start_N), documents, recipe, seed)
             self.where.operation = "upload"
-            header = Header(client, stage.at, number, update.num_examples, update.loss, update.seconds, wire.nbytes)
-            delta_N = update.delta_N
-            if isinstance(wire, TopK) and self.config.comm.wire.feedback:
+            told = (update.num_examples, update.loss, update.seconds)
+            header, delta_N = Header(client, stage.at, number, *told, wire.nbytes, reason=update.reason), update.delta_N
+            if update.reason:
+                say(self.comm.rank, f"client {client} is left out of round {number}: {update.reason} ({update.cause})")
+            elif isinstance(wire, TopK) and self.config.comm.wire.feedback:
                 delta_N = self._owed(wire, stage, number, client, delta_N)
             if self.seat.group:
                 self._finished[client] = header, delta_N
@@ -259,6 +263,9 @@ class Session:
         score = self._score(stage, number) if self._due(stage, number) == "inline" else figures(None, self.config.model.task)
         evaluating = time.perf_counter() - began
         examples = sum(header.num_examples for header in headers)
+        left_out = {str(header.client): header.reason for header in headers if header.reason}
+        if left_out and self.comm.size > 1:
+            say(0, f"round {number} is without client {', '.join(f'{client} ({reason})' for client, reason in left_out.items())}")
         seconds = {
             "aggregate": received.seconds,
             "train": sum(header.seconds for header in headers),
@@ -269,6 +276,7 @@ class Session:
             "train_loss": sum(header.loss * header.num_examples for header in headers) / examples,
             **score,
             "clients": [header.client for header in headers],
+            "left_out": left_out,
             "num_examples": examples,
             "seconds": seconds,
         }
