@@ -160,7 +160,7 @@ def test_a_full_disk_is_named_and_leaves_the_last_good_state(folder: RunFolder) 
 def test_a_run_on_a_full_disk_stops_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", *SHORT)
     size = (whole.path / "ledger.jsonl").stat().st_size
-    with files_up_to(max(size // 2, 1)), pytest.raises(RunError, match="cannot be written"):
+    with files_up_to(size * 3 // 4), pytest.raises(RunError, match="cannot be written"):
         run(tmp_path / "run", *SHORT)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert same(run(tmp_path / "run", resume=True), whole)

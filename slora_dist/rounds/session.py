@@ -236,7 +236,7 @@ class Session:
         """Add central noise to the mean: that of the sum, divided as the sum was."""
         if self.config.privacy.noise_multiplier and self.config.privacy.noise == "central":
             noise_N = privacy.noise(self.config, received.mean_N.numel(), 1.0, number, 0)
-            received.mean_N.add_(noise_N, alpha=1 / len(received.headers))
+            received.mean_N.add_(noise_N, alpha=1 / sum(not header.reason for header in received.headers))
 
     def _owed(self, wire: TopK, stage: Stage, number: int, client: int, delta_N: Tensor) -> Tensor:
         """Return an update with what the client has not sent so far, and let it keep what it will not send now either."""
