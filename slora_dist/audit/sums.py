@@ -38,8 +38,10 @@ def _planned(run: Run, found: _Sums) -> _Sums:
     sums: _Sums = Counter()
     for number in range(1, run.done + 1):
         phase = run.protocol.phase(number)
-        exchange = phase["messages"]
-        sent = [("up", exchange.up(number).wires.up, run.config.sampled)]
+        life = run.life(number)
+        exchange = phase["messages"].among(life.size, life.members)
+        up = exchange.up(number)
+        sent = [("up", up.wires.up, len(up.clients))]
         sent += [("down", message.wires.down, len(message.clients)) for message in [*exchange.down(number), *exchange.folds()]]
         for way, wire, clients in sent:
             for kind, nbytes in wire.by_kind().items():
