@@ -42,12 +42,16 @@ class Late(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How clients train in a phase: the shared settings, the learning rate of the round, and whether to compute in bfloat16."""
+    """How clients train in a phase: the shared settings, the learning rate of the round, and whether to compute in bfloat16.
+
+    ``correction_n`` is added to every gradient: SCAFFOLD's c - c_k.
+    """
 
     clients: ClientsConfig
     lr: float
     bfloat16: bool
     pad: int
+    correction_n: Tensor | None = None
 
 
 def attempt(net: nn.Module, support: Support, start_N: Tensor, documents: Encoded, recipe: Recipe, seed: int) -> Update:
@@ -84,12 +88,13 @@ def train(net: nn.Module, support: Support, start_N: Tensor, documents: Encoded,
     support.write(net, start_N)
     total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
     with training(net, support) as leaves:
-        optimizer = _optimizer(leaves.tensors, recipe)
+        optimizer, pull = _optimizer(leaves.tensors, recipe), _Pull(leaves.tensors, recipe)
         for batch in _local_batches(documents, recipe, seed):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
                 loss = net(**batch).loss
             loss.backward()
+            pull.add()
             optimizer.step()
             optimizer.zero_grad()
             leaves.settle()
@@ -103,6 +108,26 @@ def _in_time(began: float, recipe: Recipe) -> None:
     deadline, taken = recipe.clients.round_deadline, time.perf_counter() - began
     if deadline is not None and taken > deadline:
         raise Late(f"{taken:.3g} s, clients.round_deadline is {deadline:g} s")
+
+
+class _Pull:
+    """What is added to the gradients: FedProx's mu (w - w_0) (Li et al. 2020), SCAFFOLD's c - c_k (Karimireddy et al. 2020)."""
+
+    def __init__(self, leaves: list[Tensor], recipe: Recipe) -> None:
+        self._leaves, self._mu = leaves, recipe.clients.prox
+        self._starts = [leaf.detach().clone() for leaf in leaves] if self._mu else []
+        sizes = [leaf.numel() for leaf in leaves]
+        self._corrections = torch.split(recipe.correction_n, sizes) if recipe.correction_n is not None else ()
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add it to the gradients of this step; a leaf without one has not moved and does not."""
+        for leaf, start in zip(self._leaves, self._starts, strict=False):
+            if leaf.grad is not None:
+                leaf.grad.add_(leaf - start, alpha=self._mu)
+        for leaf, correction_n in zip(self._leaves, self._corrections, strict=False):
+            if leaf.grad is not None:
+                leaf.grad.add_(correction_n.view(leaf.shape).to(leaf.device))
 
 
 def _optimizer(leaves: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from slora_dist.errors import RunError
 from slora_dist.fixed import Fixed
 from slora_dist.ledger import Label
 from slora_dist.secure import KEY_BYTES, Masker
-from slora_dist.upload import Received, Updates, Upload
+from slora_dist.upload import Received, Updates, Upload, left_out
 from slora_dist.wire import HEADER_BYTES, Body, Header, as_bytes, frame
 
 SCALE_BYTES = 8
@@ -46,7 +46,8 @@ def exact(comm: Metered, upload: Upload, updates: Updates, collective: str, secu
     headers, sum_N, spent = (_reduce if collective == "reduce" else _gather)(comm, upload, wire, messages)
     if comm.rank:
         return None
-    return Received(headers, fixed.mean(sum_N, upload.total(headers), exponent), spent)
+    mean_N = fixed.mean(sum_N, upload.total(headers), exponent)
+    return Received(headers, mean_N, spent, left_out=left_out(headers))
 
 
 def _agree(comm: Metered, upload: Upload, own: Sequence[float], wire: Fixed) -> int:

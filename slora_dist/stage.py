@@ -24,7 +24,7 @@ from slora_dist.svd import Factors
 class Stage:
     """One phase as a rank holds it: its coordinates and messages, the reference of the offsets, and on rank 0 the server's state.
 
-    ``held_N`` is the offset as clients hold it, made of all broadcasts so far.
+    ``held_N`` is the offset as clients hold it, made of all broadcasts so far, ``variate_n`` the server's control variate likewise.
     """
 
     at: int
@@ -36,6 +36,7 @@ class Stage:
     pairs: list[Pair]
     reference_N: Tensor
     held_N: Tensor
+    variate_n: Tensor
     server: Server | None
     collective: str
     found: Mapping[str, Factors]  # the part of the base that begins as the phase's factors, by layer

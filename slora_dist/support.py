@@ -21,7 +21,7 @@ from slora_dist import masks
 from slora_dist.masks import Pattern
 from slora_dist.seeding import derive
 
-Kind = Literal["value", "bias", "norm", "adapter", "factor_a", "factor_b", "head"]
+Kind = Literal["value", "bias", "norm", "adapter", "factor_a", "factor_b", "head", "variate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

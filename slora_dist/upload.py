@@ -8,8 +8,8 @@ Legend: N coordinates, b a bucket of bytes.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -61,12 +61,18 @@ class Upload:
 
 @dataclass(frozen=True)
 class Received:
-    """What rank 0 has after an upload: headers in client order, the mean update, the seconds spent on adding, and updates if kept."""
+    """What rank 0 has after an upload: headers in client order, the mean update, the seconds spent on adding, and updates if kept.
+
+    ``left_out`` are the clients without an update that is a finite number, and why; ``distrusted`` those whom a robust aggregate did not
+    believe.
+    """
 
     headers: list[Header]
     mean_N: Tensor
     seconds: float
     kept: Kept | None = None
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    distrusted: Mapping[int, str] = field(default_factory=dict)
 
 
 def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
@@ -89,10 +95,7 @@ def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
         body.take(chunk_b)
         mean.add(*wire.decode_chunk(offset - HEADER_BYTES, chunk_b), weight)
         spent += time.perf_counter() - began
-    if comm.rank:
-        return None
-    upload.total(headers)
-    return Received(headers, mean.result(), spent, kept)
+    return _received(upload, headers, mean, spent, kept) if comm.rank == 0 else None
 
 
 def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates) -> Received | None:
@@ -112,10 +115,7 @@ def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates)
         mean.count(weight)
         mean.scatter(*wire.decode(whole_B[HEADER_BYTES:]), weight)
         spent += time.perf_counter() - began
-    if comm.rank:
-        return None
-    upload.total(headers)
-    return Received(headers, mean.result(), spent, kept)
+    return _received(upload, headers, mean, spent, kept) if comm.rank == 0 else None
 
 
 def wholes(chunks: Iterator[Chunk], most: int) -> Iterator[tuple[int, Tensor]]:
@@ -146,7 +146,22 @@ def reduce(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
         return None
     began = time.perf_counter()
     mean_N = sum_N / upload.total(headers)
-    return Received(headers, mean_N, time.perf_counter() - began)
+    return Received(headers, mean_N, time.perf_counter() - began, left_out=left_out(headers))
+
+
+def _received(upload: Upload, headers: list[Header], mean: Mean | Kept, seconds: float, kept: Kept | None) -> Received:
+    upload.total(headers)
+    mean_N = mean.result()
+    absent = left_out(headers, mean.refused)
+    if len(absent) == len(headers):
+        raise RunError(f"no client has an update: {absent[headers[0].client]}")
+    return Received(headers, mean_N, seconds, kept, absent)
+
+
+def left_out(headers: Sequence[Header], refused: Collection[int] = ()) -> dict[int, str]:
+    """Return {client: reason} of those who say that they are, and of those whose places rank 0 has ``refused``."""
+    every = enumerate(headers)
+    return {header.client: header.reason or "not finite" for at, header in every if header.reason or at in refused}
 
 
 def choose(comm: Metered, wire: Wire | TopK | Fixed, phase: str, number: int) -> str:

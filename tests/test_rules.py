@@ -52,7 +52,8 @@ class Round:
             kept.add(0, update_n, weight)
         server = Server(ServerConfig(), self.start_N)
         server.step(self.part.spread(kept.result(), self.support.numel))
-        after_N, self.folds = rules.combine(self.pairs, rules.Clients(self.phase, server.offset_N, self.value_KN, kept.shares))
+        shares = [weight / sum(EXAMPLES) for weight in EXAMPLES]
+        after_N, self.folds = rules.combine(self.pairs, rules.Clients(self.phase, server.offset_N, self.value_KN, shares))
         if rules.behaviour(self.phase).restarts:
             restart(self.pairs, after_N, 0, 1)
         return after_N

@@ -39,9 +39,10 @@ class Yogi(torch.optim.Optimizer):
 
 
 class Server:
-    """The global state of a phase: the offset of every coordinate, and the optimiser that moves it."""
+    """The global state of a phase: the offset of every coordinate, the optimiser that moves it, and SCAFFOLD's control variate."""
 
-    def __init__(self, config: ServerConfig, offset_N: Tensor) -> None:
+    def __init__(self, config: ServerConfig, offset_N: Tensor, variates: int = 0) -> None:
+        self.variate_n = torch.zeros(variates)
         self._offset = nn.Parameter(offset_N.clone())
         betas = (config.momentum, config.beta2)
         self._optimizer: torch.optim.Optimizer
@@ -71,7 +72,7 @@ class Server:
     def state(self) -> dict[str, Tensor]:
         """Return all that a checkpoint needs, as named tensors."""
         moments: dict[str, Any] = self._optimizer.state_dict()["state"].get(0, {})
-        return {"offset": self.offset_N} | {
+        return {"offset": self.offset_N, "variate": self.variate_n} | {
             f"optimizer.{name}": torch.as_tensor(value) for name, value in moments.items() if value is not None
         }
 
@@ -79,6 +80,7 @@ class Server:
         """Take back what ``state`` returned."""
         with torch.no_grad():
             self._offset.copy_(state["offset"])
+            self.variate_n.copy_(state["variate"])
         moments = {name.removeprefix("optimizer."): value for name, value in state.items() if name.startswith("optimizer.")}
         if moments:
             self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": {0: moments}})

@@ -21,10 +21,11 @@ from slora_dist.config.model import ModelConfig
 from slora_dist.config.network import LinkConfig, NetworkConfig, SharedLinkConfig
 from slora_dist.config.privacy import PrivacyConfig
 from slora_dist.config.run import Config, RunConfig
-from slora_dist.config.server import ServerConfig
+from slora_dist.config.server import Aggregate, ServerConfig
 
 __all__ = [
     "PRESETS",
+    "Aggregate",
     "AnyPhase",
     "BitfitPhase",
     "ClientsConfig",

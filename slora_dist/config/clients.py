@@ -29,4 +29,12 @@ class ClientsConfig(Section):
         {},
         description="Clients that are away as planned, `{client: [first, last]}`: rounds in which it cannot be sampled; `[first]` for good. A death that is healed has the same effect.",
     )
+    prox: NonNegative = Field(0.0, description="FedProx's mu: a pull of mu (w - w_0) back to the weights that the client was given.")
+    scaffold: bool = Field(
+        False,
+        description="SCAFFOLD: control variates correct the drift of local gradients; they travel with every update, both ways. Needs `optimizer: sgd`.",
+    )
+    keep: list[Literal["factor_b", "head"]] = Field(
+        [], description="Coordinates that every client keeps to itself: B of low-rank phases (FedSA-LoRA), the head, or both."
+    )
     weight_decay: NonNegative = Field(0.0, description="Weight decay of the local optimiser; it moves trainable weights only.")

@@ -55,10 +55,14 @@ class Config(Section):
         return "{client}" in self.data.path
 
     @property
+    def keeps_state(self) -> bool:
+        """Whether clients keep something from round to round."""
+        return bool(self.clients.keep) or self.clients.scaffold or (self.comm.wire.topk is not None and self.comm.wire.feedback)
+
+    @property
     def at_home(self) -> bool:
         """Whether every client stays on one rank over the whole run, because its data or its state is only there."""
-        keeps_state = self.comm.wire.topk is not None and self.comm.wire.feedback
-        return self.client_files or keeps_state or self.clients.min_clients is not None
+        return self.client_files or self.keeps_state or self.clients.min_clients is not None
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
@@ -86,6 +90,8 @@ class Config(Section):
             raise ConfigError(
                 "comm.collective", f"{self.comm.collective} with another wire", "gather, or uploads of float32 values with implicit indices"
             )
+        self._aggregate_fits()
+        self._clients_fit()
         for phase in self.method.resolved():
             if isinstance(phase, LowrankPhase):
                 self._rule_fits(phase)
@@ -149,3 +155,42 @@ class Config(Section):
             raise ConfigError(
                 "comm.collective", f"{self.comm.collective} with rule {phase.rule}, which needs every client's factors", "gather"
             )
+        if phase.rule in ("fedex", "stack", "svd", "fair") and self.server.aggregate != "mean":
+            problem = f"{self.server.aggregate} with rule {phase.rule}, which takes every client's factors as they are"
+            raise ConfigError("server.aggregate", problem, "mean; or method.lowrank.rule fedavg, ffa, rolora, fedsvd")
+
+    def _aggregate_fits(self) -> None:
+        rule, hostile = self.server.aggregate, self.server.hostile
+        if rule == "mean":
+            return
+        if self.comm.collective != "gather":
+            problem = f"{self.comm.collective} with server.aggregate {rule}, which looks at every update"
+            raise ConfigError("comm.collective", problem, "gather")
+        if self.comm.sum == "exact":
+            raise ConfigError("comm.sum", f"exact with server.aggregate {rule}, which looks at every update", "float")
+        least = {"median": 1, "trimmed_mean": 2 * hostile + 1, "krum": 2 * hostile + 3, "multi_krum": 2 * hostile + 3}[rule]
+        if self.sampled < least:
+            problem = f"{hostile} hostile of {self.sampled} clients in a round are too many for {rule}"
+            raise ConfigError(
+                "server.hostile", problem, f"0 to {max(0, (self.sampled - least) // 2 + hostile)}, or more clients in a round"
+            )
+
+    def _clients_fit(self) -> None:
+        rules = {phase.rule for phase in self.method.resolved() if isinstance(phase, LowrankPhase)}
+        if self.clients.keep and rules - {"fedavg"}:
+            raise ConfigError(
+                "clients.keep", f"{', '.join(self.clients.keep)} with a rule other than fedavg", "empty; or method.lowrank.rule fedavg"
+            )
+        if not self.clients.scaffold:
+            return
+        if self.clients.optimizer != "sgd":
+            raise ConfigError(
+                "clients.scaffold", f"true with clients.optimizer {self.clients.optimizer}", "false; or clients.optimizer sgd"
+            )
+        if rules - {"fedavg", "ffa"}:
+            problem = "true with a rule under which clients' gradients are not of the same coordinates every round"
+            raise ConfigError("clients.scaffold", problem, "false; or method.lowrank.rule fedavg or ffa")
+        if self.privacy.clip is not None:
+            raise ConfigError("clients.scaffold", "true with privacy.clip, which bounds updates without their variates", "false")
+        if self.clients.keep or self.comm.wire.topk:
+            raise ConfigError("clients.scaffold", "true with clients.keep or comm.wire.topk", "false; or neither of them")

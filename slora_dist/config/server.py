@@ -6,6 +6,8 @@ from pydantic import Field
 
 from slora_dist.section import Positive, Real, Section
 
+Aggregate = Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"]
+
 
 class ServerConfig(Section):
     """How rank 0 combines updates and judges the result."""
@@ -19,6 +21,15 @@ class ServerConfig(Section):
     eps: Positive = Field(1e-3, description="Adaptivity (tau) of `adam` and `yogi`.")
     weighting: Literal["uniform", "examples"] = Field(
         "uniform", description="Mean over clients: all alike (the paper), or by number of examples."
+    )
+    aggregate: Aggregate = Field(
+        "mean",
+        description="How updates become one: the mean, or one that hostile clients cannot move far; those keep all K updates of a round in rank 0's memory and let all clients count alike.",
+    )
+    hostile: int = Field(
+        0,
+        ge=0,
+        description="f, the hostile clients in a round that `trimmed_mean` (values cut off at each end), `krum` and `multi_krum` bear.",
     )
     svd: Literal["root", "ranks"] = Field(
         "root", description="Who factors the matrices at a switch: rank 0, or every rank its share, for which the update travels once more."

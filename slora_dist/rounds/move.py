@@ -3,6 +3,8 @@
 Legend: N coordinates, n those that travelled up, K clients, O/I out/in features, Q columns of stacked factors.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,24 +12,40 @@ from torch.nn import functional
 from slora_dist import methods
 from slora_dist.aggregate import rules
 from slora_dist.aggregate.factors import restart
+from slora_dist.aggregate.robust import aggregate
 from slora_dist.aggregate.rules import Clients, Fold
-from slora_dist.config import LowrankPhase
+from slora_dist.config import LowrankPhase, ServerConfig
 from slora_dist.exchange import Message
 from slora_dist.rounds.seat import Seat
 from slora_dist.stage import Stage
 from slora_dist.upload import Received
 
 
+def believe(settings: ServerConfig, received: Received) -> Received:
+    """Return what was received with the aggregate of ``server.aggregate`` in the place of the mean."""
+    if settings.aggregate == "mean":
+        return received
+    assert received.kept
+    refused = set(received.kept.refused)
+    clients = [header.client for at, header in enumerate(received.headers) if at not in refused]
+    trusted = aggregate(settings.aggregate, received.kept.sound()[1], settings.hostile)
+    distrusted = {clients[at]: reason for at, reason in sorted(trusted.distrusted.items())}
+    return replace(received, mean_N=trusted.mean_N, distrusted=distrusted)
+
+
 def step(seat: Seat, stage: Stage, number: int, received: Received) -> dict[str, Fold]:
     """Move rank 0's offset by a round's updates; returns what the base of each layer takes over."""
     assert stage.server
     part, numel = stage.exchange.up(number).part, stage.coordinates.numel
-    stage.server.step(part.spread(received.mean_N, numel))
+    stage.server.step(part.spread(received.mean_N[: part.support.numel], numel))
+    if stage.exchange.variates:
+        taking_part = (len(received.headers) - len(received.left_out)) / seat.config.clients.count
+        stage.server.variate_n.add_(received.mean_N[part.support.numel :], alpha=taking_part)
     if not isinstance(stage.phase, LowrankPhase):
         return {}
-    kept = received.kept
-    value_KN = [stage.held_N + part.spread(update_n, numel) for update_n in kept.update_KN] if kept else []
-    clients = Clients(stage.phase, stage.server.offset_N, value_KN, kept.shares if kept else [])
+    weights, update_Kn = received.kept.sound() if received.kept else ([], [])
+    value_KN = [stage.held_N + part.spread(update_n, numel) for update_n in update_Kn]
+    clients = Clients(stage.phase, stage.server.offset_N, value_KN, [weight / sum(weights) for weight in weights])
     offset_N, folds = rules.combine(stage.pairs, clients)
     if stage.exchange.behaviour.restarts:
         restart(stage.pairs, offset_N, seat.config.run.seed, number)

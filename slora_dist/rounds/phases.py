@@ -45,7 +45,7 @@ def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
     found = {**stage.found, **(_take_over(seat, previous, stage, learned) if previous else {})}
     if seat.is_root:
         start = methods.begin(stage.phase, seat.classifier, stage.coordinates, learned, seat.config.run.seed, found)
-        stage.server = Server(seat.config.server, start.offset_N)
+        stage.server = Server(seat.config.server, start.offset_N, stage.exchange.variates)
     if previous and methods.keeps(stage.phase):
         _fold(seat, previous, stage)
     if previous and seat.base:
@@ -69,7 +69,7 @@ def restore(seat: Seat, at: int, number: int, resumed: Checkpoint | None) -> Sta
     stage = _enter(seat, at, lambda name, _, selection: resend(seat, name, number + 1, selection, mask_B))
     _compare_fingerprints(seat, stage, number + 1)
     if resumed:
-        stage.server = Server(seat.config.server, resumed.tensors["offset"])
+        stage.server = Server(seat.config.server, resumed.tensors["offset"], stage.exchange.variates)
         stage.server.restore(resumed.tensors)
         stage.held_N = resumed.tensors.get("held", stage.held_N)
         seat.switch, seat.score = resumed.values["switch"], Score(**resumed.values["score"]) if resumed.values["score"] else None
@@ -94,8 +94,8 @@ def _enter(seat: Seat, at: int, mask: Callable[[str, int, Selection], Tensor]) -
     exchange = Exchange(seat.config, phase, first, coordinates, pairs, seat.comm.size, seat.comm.members)
     seat.where.phase = name
     collective = _collective(seat, exchange.up(first).wires.up, name, first)
-    reference_N, held_N = coordinates.reference(seat.net), torch.zeros(coordinates.numel)
-    return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, None, collective, found, mask_B)
+    reference_N, held_N, variate_n = coordinates.reference(seat.net), torch.zeros(coordinates.numel), torch.zeros(exchange.variates)
+    return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, variate_n, None, collective, found, mask_B)
 
 
 def _collective(seat: Seat, wire: Wire | TopK | Fixed, name: str, number: int) -> str:

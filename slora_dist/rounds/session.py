@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slora_dist import privacy, upload
 from slora_dist.aggregate.rules import Fold
 from slora_dist.agreement import gather_bytes, tell
-from slora_dist.client import Recipe, attempt
 from slora_dist.clock import synchronize
 from slora_dist.errors import TransportError
 from slora_dist.evaluate import figures
@@ -25,13 +25,11 @@ from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
 from slora_dist.log import say
 from slora_dist.roundplan import RoundPlan, plan_round
-from slora_dist.rounds import move, phases
+from slora_dist.rounds import move, phases, training
 from slora_dist.rounds.healing import heal, missing
 from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import Checkpoint
-from slora_dist.seeding import derive
 from slora_dist.stage import Stage
-from slora_dist.topk import TopK
 from slora_dist.upload import Received, Upload
 from slora_dist.wire import HEADER_BYTES, Header
 
@@ -161,8 +159,12 @@ class Session:
         for message in stage.exchange.down(number):
             wire, part = message.wires.down, message.part
             values_n = part.take(stage.server.offset_N) if stage.server else None
+            if values_n is not None and message.variates and stage.server:
+                values_n = torch.cat([values_n, stage.server.variate_n])
             label = stage.label(number, "down", wire.by_kind())
-            stage.held_N = part.merge(stage.held_N, self.seat.send_down(wire, values_n, label, len(own & set(message.clients))))
+            values_n = self.seat.send_down(wire, values_n, label, len(own & set(message.clients)))
+            stage.held_N = part.merge(stage.held_N, values_n[: part.support.numel])
+            stage.variate_n = values_n[part.support.numel :] if message.variates else stage.variate_n
             sent += wire.nbytes
         return sent
 
@@ -174,7 +176,7 @@ class Session:
         message = stage.exchange.up(number)
         wire = message.wires.up
         expected = [Header(client, stage.at, number, 1, 0.0, 0.0, wire.nbytes) for client in plan.clients]
-        by_examples, holds = self.config.server.weighting == "examples", stage.exchange.behaviour.holds
+        by_examples, holds = self.config.server.weighting == "examples", stage.exchange.holds
         label, bounded = stage.label(number, "up", wire.by_kind()), self.config.privacy.clip is not None
         job = Upload(wire, label, expected, plan.ranks, by_examples, holds, absent_count=bounded)
         updates = self._bounded(number, len(plan.clients), self._updates(stage, number, plan.played_by(self.comm.rank)))
@@ -186,41 +188,20 @@ class Session:
         if received and stage.server:
             began = time.perf_counter() - received.seconds  # buckets were added as they came: here they stand together, at the end
             self._hide(number, received)
+            received = move.believe(self.config.server, received)
             folds = move.step(self.seat, stage, number, received)
             self.journal.note("aggregate", stage.name, number, began, time.perf_counter() - began)
         return received, move.fold(self.seat, stage, number, folds)
 
     def _updates(self, stage: Stage, number: int, clients: list[int]) -> Iterator[tuple[Header, Tensor]]:
-        """Train one client after the other, when its update is asked for."""
-        if not clients:
-            return
-        start_N = stage.reference_N + stage.held_N.to(self.seat.device)
-        part, wire = stage.exchange.trains(number), stage.exchange.up(number).wires.up
-        stage.coordinates.write(self.seat.net, start_N)
-        part.support.require_grad(self.seat.net, stage.coordinates)
-        lr = stage.phase.lr * stage.phase.lr_decay ** (number - stage.first)
-        recipe = Recipe(self.config.clients, lr, self.config.model.precision == "bfloat16", self.seat.pad)
+        """Yield what each client sends, trained when it is asked for; where ranks heal, what was finished before a round broke stands."""
         if self._finished_in != number:
             self._finished, self._finished_in = {}, number
         for client in clients:
-            if client in self._finished:  # before the round broke
-                yield self._finished[client]
-                continue
-            self.where.operation = f"training of client {client}"
-            seed = derive(self.config.run.seed, "client", number, client)
-            documents = self.seat.federation.client(client)
-            with self.journal.span("train", stage.name, number, client):
-                update = attempt(self.seat.net, part.support, part.take(start_N), documents, recipe, seed)
-            self.where.operation = "upload"
-            told = (update.num_examples, update.loss, update.seconds)
-            header, delta_N = Header(client, stage.at, number, *told, wire.nbytes, reason=update.reason), update.delta_N
-            if update.reason:
-                say(self.comm.rank, f"client {client} is left out of round {number}: {update.reason} ({update.cause})")
-            elif isinstance(wire, TopK) and self.config.comm.wire.feedback:
-                delta_N = self._owed(wire, stage, number, client, delta_N)
+            sent = self._finished[client] if client in self._finished else training.update(self.seat, stage, number, client)
             if self.seat.group:
-                self._finished[client] = header, delta_N
-            yield header, delta_N
+                self._finished[client] = sent
+            yield sent
 
     def _bounded(self, number: int, clients: int, updates: Iterator[tuple[Header, Tensor]]) -> Iterator[tuple[Header, Tensor]]:
         """Clip updates, and add each client's part of distributed noise."""
@@ -238,15 +219,6 @@ class Session:
             noise_N = privacy.noise(self.config, received.mean_N.numel(), 1.0, number, 0)
             received.mean_N.add_(noise_N, alpha=1 / sum(not header.reason for header in received.headers))
 
-    def _owed(self, wire: TopK, stage: Stage, number: int, client: int, delta_N: Tensor) -> Tensor:
-        """Return an update with what the client has not sent so far, and let it keep what it will not send now either."""
-        state, own = self.seat.states.load(client, number), f"residual.{stage.name}."
-        name = own + "+".join(wire.support.counts())
-        owed_N = delta_N.cpu() + state.get(name, 0)
-        others = {key: value for key, value in state.items() if key.startswith(own) or not key.startswith("residual.")}
-        self.seat.states.save(client, number, {**others, name: wire.keep(owed_N)})
-        return owed_N
-
     def _due(self, stage: Stage, number: int) -> str | None:
         """Return how round ``number`` is judged, or None when it is not. A phase ends with its score; alone nothing overlaps."""
         settings, last = self.config.server, stage.first + stage.phase.rounds - 1
@@ -262,10 +234,13 @@ class Session:
         began = time.perf_counter()
         score = self._score(stage, number) if self._due(stage, number) == "inline" else figures(None, self.config.model.task)
         evaluating = time.perf_counter() - began
+        headers = [header for header in headers if header.client not in received.left_out]
         examples = sum(header.num_examples for header in headers)
-        left_out = {str(header.client): header.reason for header in headers if header.reason}
-        if left_out and self.comm.size > 1:
+        left_out = {str(client): reason for client, reason in received.left_out.items()}
+        if left_out and (self.comm.size > 1 or not all(header.reason for header in received.headers if str(header.client) in left_out)):
             say(0, f"round {number} is without client {', '.join(f'{client} ({reason})' for client, reason in left_out.items())}")
+        for client, reason in received.distrusted.items():
+            say(0, f"round {number}: client {client} is distrusted: {reason}")
         seconds = {
             "aggregate": received.seconds,
             "train": sum(header.seconds for header in headers),
@@ -275,8 +250,9 @@ class Session:
         return {
             "train_loss": sum(header.loss * header.num_examples for header in headers) / examples,
             **score,
-            "clients": [header.client for header in headers],
+            "clients": [header.client for header in received.headers],
             "left_out": left_out,
+            "distrusted": {str(client): reason for client, reason in received.distrusted.items()},
             "num_examples": examples,
             "seconds": seconds,
         }

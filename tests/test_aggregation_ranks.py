@@ -1,0 +1,54 @@
+"""The same bits on 1, 3 and 5 ranks under rules that send parts, change the base, hold updates, or let clients keep something."""
+
+from pathlib import Path
+
+import pytest
+
+from slora_dist.audit.checks import audit
+from slora_dist.runfolder import RunFolder
+from tests.ranks import run_ranks
+from tests.tiny import SHORT, run, same
+
+SECONDS = 240.0
+WORLD = ("clients.per_round=4", "method.sparse.rounds=1", "method.lowrank.rounds=3", "data.limit=64", "clients.count=9")
+SGD = ("clients.optimizer=sgd", "method.sparse.lr=0.1", "method.lowrank.lr=0.1")
+RUNS = {
+    "rolora": ("method.lowrank.rule=rolora",),
+    "fedex": ("method.lowrank.rule=fedex", "comm.wire.values=bfloat16"),
+    "stack": ("method.lowrank.rule=stack", "server.weighting=examples"),
+    "svd": ("method.lowrank.rule=svd",),
+    "scaffold": ("clients.scaffold=true", *SGD),
+    "keep": ("clients.keep=[factor_b]",),
+    "trimmed": ("server.aggregate=trimmed_mean", "server.hostile=1"),
+}
+
+
+def play(rank: int, size: int, folder: str) -> None:
+    """Play all runs; under ``stack`` these ranks take over from one that stopped in the middle of the phase."""
+    from torch._C._distributed_c10d import FileStore
+
+    from slora_dist.comm.torch_comm import TorchComm
+
+    comm = TorchComm("gloo", rank, size, FileStore(f"{folder}/store", size), SECONDS)
+    for name, overrides in RUNS.items():
+        run(Path(folder) / name, *SHORT, *WORLD, *overrides, comm=comm)
+    run(Path(folder) / "moved", resume=True, comm=comm)
+    comm.close()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: run(folder / name, *SHORT, *WORLD, *overrides) for name, overrides in RUNS.items()}
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_any_number_of_ranks_ends_in_the_bits_of_one(size: int, alone: dict[str, RunFolder], tmp_path: Path) -> None:
+    run(tmp_path / "moved", *SHORT, *WORLD, *RUNS["stack"], stop_after=2)
+    run_ranks(size, play, str(tmp_path), seconds=SECONDS)
+    for name in [*RUNS, "moved"]:
+        many, one = RunFolder(tmp_path / name), alone["stack" if name == "moved" else name]
+        assert same(many, one), name
+        assert many.summary()["payload_bytes"]["by_phase"] == one.summary()["payload_bytes"]["by_phase"], name
+        told = [fault for check in audit(many) if not check.name.startswith("counters") for fault in check.faults or ()]
+        assert told == [], name
