@@ -51,10 +51,9 @@ def join(transport: str) -> Any:
 
 def session(comm: Any, folder: str, overrides: Sequence[str], trained: bool = False) -> tuple[Any, Iterator[Any]]:
     """Return a session of the tiny settings with ``overrides``, and its rounds. Unless ``trained`` a client's update is a constant."""
-    from slora_dist import settings
+    from slora_dist import client, settings
     from slora_dist.client import Update
     from slora_dist.job import Job
-    from slora_dist.rounds import session as played
 
     held = Job(settings.load("configs/tiny.yaml", overrides), comm, Path(folder) / "run", torch.device("cpu")).prepare(resume=False)
     constants: dict[int, torch.Tensor] = {}
@@ -64,5 +63,5 @@ def session(comm: Any, folder: str, overrides: Sequence[str], trained: bool = Fa
         return Update(delta_N, 1, 0.0, 0.0)
 
     if not trained:
-        played.train = constant
+        client.train = constant
     return held, held.play(None, None)

@@ -28,13 +28,15 @@ HEALING = ("clients.min_clients=2",)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a fault: seconds until somebody said so, finished rounds that are missing or double, and whether the bits are right."""
+    """What came of a fault: seconds until somebody said so, finished rounds that are missing or double, whether the bits are right, and
+    whether ``slora-dist audit`` finds the run's files in order.
+    """
 
     injected: str
     noticed: float | None
     lost: int
     equal: bool
-    rounds: int
+    audited: bool
 
 
 class Drill:
@@ -74,7 +76,9 @@ class Drill:
         """Compare the finished run with one that was ``planned`` so."""
         numbers = [json.loads(line)["round"] for line in (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         lost = len(set(range(1, ROUNDS + 1)) - set(numbers)) + len(numbers) - len(set(numbers))
-        return Outcome(injected, noticed, lost, _bits(self.run) == _bits(self.reference(*planned)), len(numbers))
+        equal = _bits(self.run) == _bits(self.reference(*planned))
+        with Ranks(1, ["audit", str(self.run)], self.log).start() as auditor:
+            return Outcome(injected, noticed, lost, equal, auditor.wait(SECONDS) == {0: 0})
 
     def reference(self, *planned: str) -> Path:
         """Return an undisturbed run with these settings, played once by a world of one."""

@@ -27,15 +27,18 @@ def main() -> int:
             drill = Drill(Path(scratch) / str(seed), references, seed)
             try:
                 outcome = FAULTS[name](drill)
-                good = outcome.equal and not outcome.lost
+                good = outcome.equal and outcome.audited and not outcome.lost
             except Exception:
                 traceback.print_exc()
                 print(drill.log.read_text(encoding="utf-8")[-6000:], file=sys.stderr)
-                outcome, good = Outcome(f"{name}: see above", None, -1, False, 0), False
+                outcome, good = Outcome(f"{name}: see above", None, -1, False, False), False
             failed += not good
             rows.append(_row(seed, outcome, good, time.monotonic() - began))
             print(rows[-1], flush=True)
-    head = ["| seed | injected | noticed within | finished rounds lost | bits as planned | seconds | |", "|---|---|---|---|---|---|---|"]
+    head = [
+        "| seed | injected | noticed within | finished rounds lost | bits as planned | audit | seconds | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     if options.out:
         options.out.write_text("\n".join([*head, *rows]) + "\n", encoding="utf-8")
     print(f"{len(rows)} drills, {failed} failed")
@@ -44,8 +47,9 @@ def main() -> int:
 
 def _row(seed: int, outcome: Outcome, good: bool, seconds: float) -> str:
     noticed = "" if outcome.noticed is None else f"{outcome.noticed:.2f} s"
-    equal = "yes" if outcome.equal else "**no**"
-    return f"| {seed} | {outcome.injected} | {noticed} | {outcome.lost} | {equal} | {seconds:.0f} | {'' if good else '**failed**'} |"
+    equal, audited = ("yes" if fine else "**no**" for fine in (outcome.equal, outcome.audited))
+    end = "" if good else "**failed**"
+    return f"| {seed} | {outcome.injected} | {noticed} | {outcome.lost} | {equal} | {audited} | {seconds:.0f} | {end} |"
 
 
 def _options() -> argparse.Namespace:

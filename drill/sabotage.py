@@ -54,15 +54,15 @@ def at(point: str, number: int, deed: Deed, mark: Path) -> Saboteur:
 
 def _place(point: str) -> tuple[Any, str, bool]:
     """Return owner and name of the function at a point, and whether to strike before it."""
+    from slora_dist import client
     from slora_dist.journal import Journal
-    from slora_dist.rounds import session
     from slora_dist.rounds.seat import Seat
     from slora_dist.runfolder import RunFolder
     from slora_dist.wire import Header
 
     return {
-        "training": (session, "train", True),
-        "trained": (session, "train", False),
+        "training": (client, "train", True),
+        "trained": (client, "train", False),
         "upload": (Header, "pack", True),
         "ledger": (Journal, "take", True),
         "evaluate": (Seat, "evaluate", True),

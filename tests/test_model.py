@@ -47,6 +47,12 @@ EXPECTED: dict[str, tuple[set[str], dict[str, tuple[int, int]], set[str], int]] 
         {"attn.c_attn", "attn.c_proj"},
         2 * 4,
     ),
+    "llama": (
+        {"score"},
+        {"q_proj": (16, 16), "gate_proj": (24, 16), "down_proj": (16, 24)},
+        {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"},
+        2 * 7,
+    ),
 }
 
 

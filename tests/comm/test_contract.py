@@ -171,7 +171,7 @@ def test_every_scenario_is_played() -> None:
 
 def test_roll_call_names_who_is_missing(tmp_path: Path) -> None:
     ended: list[Any] = end_ranks(1, _incomplete, tmp_path, seconds=LIMIT)
-    assert "RunError: rank 0: connect within 0 s with rank 1 failed" in ended[0].error
+    assert "TransportError: rank 0: connect within 0 s with rank 1 failed" in ended[0].error
 
 
 def _incomplete(rank: int, size: int, folder: Path) -> None:
