@@ -31,7 +31,7 @@ def at(point: str, number: int, deed: Deed, mark: Path) -> Saboteur:
         play = session.Session._round
 
         def strike() -> None:
-            if not done and here == [number]:
+            if not done and here and here[0] >= number:  # a checkpoint may be written behind the next round
                 done.append(True)
                 mark.write_text(str(time.monotonic()), encoding="utf-8")
                 deed()
