@@ -54,7 +54,7 @@ def message_bytes(held: Any) -> int:
     from slora_dist.wire import Wire
 
     (phase,) = held.config.method.resolved()
-    return Wire(methods.support(phase, held.classifier, held.config.method, held.config.run.seed), "float32", "implicit").nbytes
+    return Wire(methods.support(phase, held.seat.classifier, held.config.method, held.config.run.seed), "float32", "implicit").nbytes
 
 
 def timed(comm: Any, step: Play, behind: Play = lambda: None) -> tuple[float, float, int]:
