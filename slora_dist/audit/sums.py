@@ -91,7 +91,7 @@ def _summary(run: Run) -> Iterator[str]:
         yield f"summary.json: there, though {run.done} of {run.protocol.rounds} rounds have a record"
         return
     made = summarize(run.config, run.folder, run.classifier, found["switch"], run.lives[-1].size)
-    has, should = (dict(_leaves(tree)) for tree in (found, made | {"lost": found["lost"]}))  # whose reason no other file tells
+    has, should = (dict(_leaves(tree)) for tree in (found, made | {"lost": found.get("lost")}))  # whose reason no other file tells
     for field in sorted(has.keys() | should.keys()):
         if has.get(field) != should.get(field):
             yield f"summary.json: {field} {has.get(field)}, the other files give {should.get(field)}"
