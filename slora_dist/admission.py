@@ -18,7 +18,7 @@ from torch import Tensor
 
 import slora_dist
 from slora_dist import secret as secrecy
-from slora_dist.comm.base import Communicator
+from slora_dist.comm.base import INIT_SECONDS, Transport, hurried
 from slora_dist.comm.metered import Metered
 from slora_dist.config import Config
 from slora_dist.errors import ConfigError
@@ -46,11 +46,18 @@ class Admitted:
     session: bytes
 
 
-def admit(comm: Communicator, config: Config, environ: Mapping[str, str]) -> Admitted:
+def admit(comm: Transport, config: Config, environ: Mapping[str, str]) -> Admitted:
     """Return once rank 0 and this rank trust each other and all ranks mean the same run.
 
     Raises ``ConfigError`` on all ranks when one is refused: on rank 0 and the refused one it says why, and the refused one prints it.
+    Raises ``RunError`` when one says nothing for ``INIT_SECONDS``: nobody has anything else to do yet, so an operation's time-out, which
+    covers training, is far too long.
     """
+    with hurried(comm, INIT_SECONDS):
+        return _admit(comm, config, environ)
+
+
+def _admit(comm: Transport, config: Config, environ: Mapping[str, str]) -> Admitted:
     metered = Metered(comm, Ledger(comm.rank))
     secret, problem = _own(config, environ)
     challenge_B = as_bytes(secrets.token_bytes(NONCE_BYTES))
@@ -70,7 +77,7 @@ def admit(comm: Communicator, config: Config, environ: Mapping[str, str]) -> Adm
     return Admitted(metered.ledger, session)
 
 
-def joining(comm: Communicator) -> Admitted:
+def joining(comm: Transport) -> Admitted:
     """Return the world of a rank that joins a run under way: it has proved itself on the lifeline already."""
     return Admitted(Ledger(comm.rank), b"")
 

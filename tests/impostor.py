@@ -1,4 +1,4 @@
-"""A rank that does not belong, or dies: ``python -m tests.impostor KIND RANK train ...`` is the program itself on all ranks but RANK."""
+"""A rank that does not belong, keeps silent, or dies: ``python -m tests.impostor KIND RANK train ...`` is the program itself on all ranks but RANK."""
 
 import itertools
 import os
@@ -26,8 +26,24 @@ def die_while_training() -> None:
     client.train = mortal
 
 
+def keep_silent() -> None:
+    """Connect, and say nothing until somebody ends this process."""
+    from slora_dist import admission
+
+    admission._admit = lambda *_: signal.pause()  # type: ignore[assignment]
+
+
+def hurry() -> None:
+    """Wait for a silent rank no longer than a test may."""
+    from slora_dist import admission
+
+    admission.INIT_SECONDS = 2.0
+
+
 if __name__ == "__main__":
     kind, which, *arguments = sys.argv[1:]
+    if kind == "silent":
+        hurry()
     if detect(os.environ).rank == int(which):
         if kind == "secret":
             del os.environ["SLORA_DIST_SECRET"]
@@ -35,6 +51,8 @@ if __name__ == "__main__":
             slora_dist.__version__ = "0.0.9"
         elif kind == "config":
             arguments += ["method.sparse.lr=0.125"]
+        elif kind == "silent":
+            keep_silent()
         elif kind == "killed" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
             die_while_training()
     sys.exit(main(arguments))

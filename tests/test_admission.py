@@ -215,6 +215,17 @@ def test_the_launched_job_ends_with_the_line_that_says_why(kind: str, launcher: 
 
 
 @pytest.mark.launcher
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_a_rank_that_says_nothing_holds_nobody_up(launcher: str, tmp_path: Path) -> None:
+    """Its time is that of a start, 2 s here, and not that of an operation, 1800 s."""
+    ended = launched(launcher, "silent", "1", "train", str(TINY), "--out", str(tmp_path / "run"))
+    assert ended.returncode == 1, ended.stderr[-3000:]
+    said = {"torchrun": "broadcast failed: ", "mpiexec": "gather with rank 1 failed: "}[launcher]  # gloo's broadcast waits, MPI's does not
+    assert f"[rank 0] failed in phase start, round 0, admission: rank 0: {said}" in ended.stderr, ended.stderr[-3000:]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.launcher
 def test_a_launched_job_that_holds_together_is_played_and_audited(tmp_path: Path) -> None:
     short = ["method.sparse.rounds=1", "method.lowrank.rounds=1", "clients.epochs=1", "data.limit=60"]
     asked = [*short, "comm.secret=required", "comm.encrypt=true"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from slora_dist.comm.base import Communicator
+from slora_dist.comm.base import Transport
 from slora_dist.comm.lifeline import Healing
 from slora_dist.errors import ConfigError
 from slora_dist.world import World, rendezvous
@@ -12,7 +12,7 @@ from slora_dist.world import World, rendezvous
 
 def connect(
     backend: str, world: World, environ: Mapping[str, str], timeout: float, device: torch.device, healing: Healing | None = None
-) -> Communicator:
+) -> Transport:
     """Return this rank's communicator for ``comm.backend``; ``timeout`` is seconds of one operation.
 
     With ``healing`` ranks on gloo that no agent watches can form a new group when one dies (``TorchComm.regroup``).

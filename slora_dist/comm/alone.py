@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf
 from typing import NoReturn
 
 from torch import Tensor
@@ -18,6 +19,7 @@ class Alone:
 
     def __init__(self, bucket: int = BUCKET) -> None:
         assert bucket > 0 and bucket % 64 == 0
+        self.timeout = inf
         self.bucket = bucket
 
     def broadcast(self, wire_B: Tensor) -> None:

@@ -67,6 +67,20 @@ class Communicator(Protocol):
         """Leave a healthy world, together with all other ranks. After a failure use ``abort``."""
 
 
+class Transport(Communicator, Protocol):
+    """A communicator that wraps no other. ``timeout`` is seconds of one operation, and may be changed between two."""
+
+    timeout: float
+
+
+@contextmanager
+def hurried(comm: Transport, seconds: float) -> Iterator[None]:
+    """Let an operation inside take no more than ``seconds``."""
+    usual, comm.timeout = comm.timeout, min(seconds, comm.timeout)
+    yield
+    comm.timeout = usual  # after a failure it is of no use any more
+
+
 def cut(flat: Tensor, most: int) -> Iterator[tuple[int, Tensor]]:
     """Yield (offset, part) of a one-dimensional tensor in parts of at most ``most`` elements; an empty one is one empty part."""
     for offset in range(0, max(flat.numel(), 1), most):
