@@ -1,4 +1,7 @@
-"""A rank that does not belong, keeps silent, or dies: ``python -m tests.impostor KIND RANK train ...`` is the program itself on all ranks but RANK."""
+"""A rank that does not belong, says nothing, or dies.
+
+``python -m tests.impostor KIND RANK train ...`` is the program itself on all ranks but RANK.
+"""
 
 import itertools
 import os

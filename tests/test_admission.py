@@ -19,7 +19,7 @@ import slora_dist
 from slora_dist import admission
 from slora_dist.admission import NONCE_BYTES, PROOF_BYTES, admit
 from slora_dist.comm.alone import Alone
-from slora_dist.comm.base import Chunk, Communicator
+from slora_dist.comm.base import Chunk, Transport
 from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.errors import ConfigError
 from slora_dist.runfolder import RunFolder
@@ -31,7 +31,7 @@ SECRET = "correct horse battery staple"
 HELD = {"SLORA_DIST_SECRET": SECRET}
 
 
-def told(comm: Communicator, environ: dict[str, str], overrides: list[str]) -> Any:
+def told(comm: Transport, environ: dict[str, str], overrides: list[str]) -> Any:
     """Return the session's key and what this rank noted, or the refusal."""
     try:
         admitted = admit(comm, tiny(*overrides), environ)
