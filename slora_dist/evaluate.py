@@ -23,6 +23,20 @@ class Score:
     loss: float
 
 
+@dataclass(frozen=True)
+class Tally:
+    """Predictions on some documents: how many were right, of how many, and the sum of their cross-entropies."""
+
+    right: int
+    count: int
+    loss: float
+
+    @property
+    def score(self) -> Score:
+        """The score of one prediction or more."""
+        return Score(self.right / self.count, self.loss / self.count)
+
+
 def perplexity(loss: float) -> float:
     """Return exp(loss): among how many tokens a causal language model wavers in the mean; infinite where it overflows."""
     return float(torch.tensor(loss, dtype=torch.float64).exp())
@@ -37,9 +51,14 @@ def figures(score: Score | None, task: str) -> dict[str, float | None]:
     return scores | ({"perplexity": None if score is None else perplexity(score.loss)} if task == "causal_lm" else {})
 
 
-@torch.no_grad()
 def evaluate(net: nn.Module, documents: Encoded, pad: int) -> Score:
-    """Return the score of ``net`` as it stands on ``documents``."""
+    """Return the score of ``net`` as it stands on ``documents``, of which there is one at least."""
+    return tally(net, documents, pad).score
+
+
+@torch.no_grad()
+def tally(net: nn.Module, documents: Encoded, pad: int) -> Tally:
+    """Count what ``net`` as it stands predicts on ``documents``."""
     device = next(net.parameters()).device
     net.eval()
     right, total, count = 0, 0.0, 0
@@ -52,7 +71,7 @@ def evaluate(net: nn.Module, documents: Encoded, pad: int) -> Score:
             right += int((logits.argmax(-1) == labels).sum())
             total += float(cross_entropy(logits, labels, reduction="sum"))
             count += len(labels)
-    return Score(right / count, total / count)
+    return Tally(right, count, total)
 
 
 def _answers(logits_KTV: Tensor, labels_KT: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,12 @@ The same accounts as the ledger's: payload of the clients, summed over all round
 from collections.abc import Sequence
 from typing import Any
 
-from slora_dist import methods
+from slora_dist import methods, personal
 from slora_dist.config import Config, DensePhase
 from slora_dist.exchange import Exchange
 from slora_dist.ledger import Direction
 from slora_dist.model import Classifier
+from slora_dist.roundplan import present
 from slora_dist.wire import HEADER_BYTES, Wires
 
 
@@ -31,12 +32,13 @@ def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[
     sums = {way: sum(entry[way] for entry in by_phase.values()) for way in ("up", "down")}
     full = full_finetuning(config, classifier)
     rounds, chosen = sum(phase["rounds"] for phase in phases), sum(bool(phase["selection_bytes"]["up"]) for phase in phases)
+    control = HEADER_BYTES * config.sampled * (rounds + chosen) + sum(sum(phase["evaluation_bytes"].values()) for phase in phases)
     return {
         "parameters": parameters,
         "clients": {"count": config.clients.count, "per_round": config.sampled},
         "rounds": rounds,
         "phases": phases,
-        "payload_bytes": sums | {"control": HEADER_BYTES * config.sampled * (rounds + chosen), "by_phase": by_phase},
+        "payload_bytes": sums | {"control": control, "by_phase": by_phase},
         "full_finetuning_payload_bytes": full,
         "minutes": {f"{rate:g}": _minutes(_one_client(phases), rate) for rate in mbit},
         "full_finetuning_minutes": {f"{rate:g}": _minutes(sum(full.values()) // config.sampled, rate) for rate in mbit},
@@ -68,6 +70,7 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
     down = [message for number in rounds for message in [*exchange.down(number), *exchange.folds()]]
     faithful = list(exchange.faithful())
     chosen = exchange.selection
+    judging = sum(len(present(config, number, 1, (0,))) for number in rounds if personal.due(config, number))
     selected = {"up": sum(chosen.up.values()), "down": sum(chosen.down.values())} if chosen else {"up": 0, "down": 0}
     return {
         "phase": name,
@@ -83,6 +86,7 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
         "client_bytes": {"up": sum(up for up, _ in faithful), "down": sum(down for _, down in faithful)},
         "handover_bytes": handover,
         "selection_bytes": selected,
+        "evaluation_bytes": {"up": personal.SCORE_BYTES * judging, "down": exchange.whole.down.nbytes * judging},
         "payload_bytes": {
             "up": (sum(exchange.up(number).wires.up.nbytes for number in rounds) + selected["up"]) * config.sampled,
             "down": sum(message.wires.down.nbytes * len(message.clients) for message in down)

@@ -38,6 +38,12 @@ def absent(config: Config, number: int, size: int, members: Sequence[int]) -> se
     return gone | {client for client, (first, *last) in config.clients.away.items() if first <= number and (not last or number <= last[0])}
 
 
+def present(config: Config, number: int, size: int, members: Sequence[int]) -> list[int]:
+    """Return all clients that are there in round ``number``, ascending."""
+    gone = absent(config, number, size, members)
+    return [client for client in range(config.clients.count) if client not in gone]
+
+
 def sample(config: Config, number: int, gone: Collection[int] = ()) -> tuple[int, ...]:
     """Return the clients of round ``number`` (from 1), ascending: K of N without those who are ``gone``, uniform, without replacement."""
     order = permutation(config.clients.count, derive(config.run.seed, "sample", number))

@@ -1,7 +1,8 @@
 """A run's figures as scalars by round, for the trackers that people already look at.
 
 Tags are ``train/loss``, ``test/accuracy``, ``test/loss``, ``test/perplexity`` (of causal language models),
-``payload/up``, ``payload/down`` (bytes of all clients in the round),
+``clients/accuracy/mean`` and the like (on the clients' own held-out documents), ``payload/up``, ``payload/down`` (bytes of all clients
+in the round),
 ``payload/total`` (bytes since the start), ``seconds/<part>`` and ``network/<part>`` (virtual seconds). Trackers are not installed with
 slora_dist; the extra ``track`` names them. Each function takes the name of the run, its settings and a folder, and returns a ``Sink``.
 """
@@ -45,6 +46,8 @@ def scalars(record: Record) -> dict[str, float]:
     """Return the figures of a record by tag; what was not measured is left out."""
     named = {"train/loss": record["train_loss"], "test/accuracy": record["accuracy"], "test/loss": record["loss"]}
     named["test/perplexity"] = record.get("perplexity")
+    for figure, measures in (record.get("personal") or {}).items():
+        named |= {f"clients/{figure}/{name}": value for name, value in measures.items()} if figure != "count" else {}
     for prefix, parts in (("payload", "payload_bytes"), ("seconds", "seconds"), ("network", "network")):
         named |= {f"{prefix}/{part}": value for part, value in (record.get(parts) or {}).items()}
     return {tag: value for tag, value in named.items() if value is not None}

@@ -18,6 +18,11 @@ def _number(value: object) -> object:
     return value
 
 
+def _key(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+Key = Annotated[int, BeforeValidator(_key)]  # of a mapping: JSON, in which a run keeps its settings, writes it as text
 Real = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]

@@ -60,6 +60,14 @@ def _score(summary: Mapping[str, Any]) -> str:
     return f"test accuracy  {summary['accuracy']:.2%}"
 
 
+def _personal(figures: Mapping[str, Any]) -> str:
+    if not figures["count"]:
+        return "no client holds any out"
+    perplexity = f"perplexity {figures['perplexity']['mean']:.2f}, " if "perplexity" in figures else ""
+    mean, least, tenth = (figures["accuracy"][name] for name in ("mean", "min", "p10"))
+    return f"{perplexity}accuracy {mean:.2%}; 10th percentile {tenth:.2%}, least {least:.2%} of {figures['count']} clients"
+
+
 def _at_switch(summary: Mapping[str, Any], when: str) -> str:
     switch = summary["switch"]
     return f"perplexity {perplexity(switch[f'loss_{when}']):.2f}" if "perplexity" in summary else f"{switch[f'accuracy_{when}']:.2%}"
@@ -82,6 +90,8 @@ def finished(folder: RunFolder, summary: dict[str, Any]) -> None:
         text = f"at the switch  {_at_switch(summary, 'before')} before, {_at_switch(summary, 'after')} after"
         kept = switch["kept_energy_total"]
         console.print(text + (f"; the factors keep {kept:.1%} of the update's energy" if kept is not None else ""), highlight=False)
+    if summary["personal"]:
+        print(f"on the clients' own documents  {_personal(summary['personal'])}")
     for lost in summary["lost"]:
         print(f"lost     rank {lost['rank']} with clients {lost['clients']} in round {lost['round']}: {lost['reason']}")
     if summary["left_out"]:

@@ -28,6 +28,7 @@ def summarize(config: Config, folder: RunFolder, classifier: Classifier, switch:
         "payload_bytes_per_client_and_round": per_client,
         "full_finetuning_payload_bytes": full_finetuning(config, classifier),
         "switch": switch,
+        "personal": metrics[-1].get("personal"),
         "left_out": _left_out(metrics),
         "privacy": metrics[-1].get("privacy"),
         "seconds": _seconds(metrics),

@@ -17,7 +17,7 @@ LEVELS = (
     "aggregate data",
     "model network privacy roundplan",
     "client clientstate fisher methods",
-    "adapters admission agreement clock evaluate exactsum exchange export handover plan runfolder stage summary timing upload",
+    "adapters admission agreement clock evaluate exactsum exchange export handover personal plan runfolder stage summary timing upload",
     "rounds",
     "audit device job report scalars show study",
     "calibrate",

@@ -25,6 +25,7 @@ TOGETHER = {
     "keep": KEEP,
     "spread": ("server.svd=ranks",),
     "gradient": ("method.name=sft", "method.sparse.mask=gradient"),
+    "held out": ("clients.holdout=0.2", "clients.eval_every=1", "server.evaluate=overlap"),
     "reduce": ("comm.collective=reduce",),
     "topk": ("comm.wire.topk=0.1", "comm.wire.indices=gap"),
     "exact": ("comm.sum=exact", "server.weighting=examples"),

@@ -114,6 +114,9 @@ def test_clients_keep_different_factors_and_the_servers_stay_as_they_were(tmp_pa
         ("clients.scaffold", ("clients.scaffold=true", "clients.optimizer=sgd", "method.lowrank.rule=rolora")),
         ("clients.scaffold", ("clients.scaffold=true", "clients.optimizer=sgd", "clients.keep=[head]")),
         ("clients.keep", ("clients.keep=[factor_b]", "method.lowrank.rule=stack")),
+        ("clients.keep", ("clients.keep=[head]", "method.name=head")),
+        ("clients.keep", ("clients.keep=[head]", "model.task=causal_lm")),
+        ("clients.keep", ("clients.keep=[factor_b]", "method.name=sft")),
     ],
 )
 def test_settings_that_do_not_go_together(setting: str, overrides: tuple[str, ...]) -> None:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from slora_dist import personal
 from slora_dist.comm.base import BUCKET
 from slora_dist.comm.sealed import OVERHEAD, carried
 from slora_dist.config import Config, LowrankPhase
 from slora_dist.exchange import Exchange
 from slora_dist.ledger import Row
-from slora_dist.roundplan import RoundPlan, home, plan_round
+from slora_dist.roundplan import RoundPlan, home, plan_round, present
 from slora_dist.secure import KEY_BYTES
 from slora_dist.upload import PROBE_BYTES, PROBES
 from slora_dist.wire import HEADER_BYTES
@@ -182,9 +183,13 @@ class Protocol:
             nbytes = FREE if wire.varies else HEADER_BYTES + wire.nbytes
             yield from ranks.gather(number, name, "up", by_kind, clients, nbytes, header=True)
             yield from headers(0)  # they travelled with the messages
+        if personal.due(self.config, number):
+            own = self._hosted(ranks.size, present(self.config, number, ranks.size, ranks.life.members))
+            yield from ranks.broadcast(number, name, "control", {"evaluation": exchange.whole.down.nbytes}, own)
+            yield from ranks.gather(number, name, "control", {"score": personal.SCORE_BYTES}, own, personal.SCORE_BYTES)
 
-    def _hosted(self, size: int) -> list[int]:
-        homes = Counter(home(client, size) for client in range(self.config.clients.count))
+    def _hosted(self, size: int, clients: Sequence[int] | None = None) -> list[int]:
+        homes = Counter(home(client, size) for client in (range(self.config.clients.count) if clients is None else clients))
         return [homes[rank] for rank in range(size)]
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from slora_dist.section import NonNegative, Positive, Section
+from slora_dist.section import Key, NonNegative, Positive, Real, Section
 
 
 class ClientsConfig(Section):
@@ -25,7 +25,7 @@ class ClientsConfig(Section):
         ge=1,
         description="Go on without a rank that dies, and without its clients, as long as so many clients are left. Ranks on gloo that no agent watches: srun tasks, `launch/ranks.sh`. Every client then stays on one rank. Empty: a death ends the run.",
     )
-    away: dict[int, list[int]] = Field(
+    away: dict[Key, list[int]] = Field(
         {},
         description="Clients that are away as planned, `{client: [first, last]}`: rounds in which it cannot be sampled; `[first]` for good. A death that is healed has the same effect.",
     )
@@ -36,5 +36,14 @@ class ClientsConfig(Section):
     )
     keep: list[Literal["factor_b", "head"]] = Field(
         [], description="Coordinates that every client keeps to itself: B of low-rank phases (FedSA-LoRA), the head, or both."
+    )
+    holdout: Real = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of its documents that a client holds out, to tell how good the model is for it, with what it keeps: at least one where it has two or more. 0: nothing is held out.",
+    )
+    eval_every: int = Field(
+        0, ge=0, description="Rounds between evaluations on the clients' held-out documents; 0: only after the last round."
     )
     weight_decay: NonNegative = Field(0.0, description="Weight decay of the local optimiser; it moves trainable weights only.")

@@ -181,6 +181,9 @@ class Config(Section):
             raise ConfigError(
                 "clients.keep", f"{', '.join(self.clients.keep)} with a rule other than fedavg", "empty; or method.lowrank.rule fedavg"
             )
+        self._kept_fits()
+        if self.clients.eval_every and not self.clients.holdout:
+            raise ConfigError("clients.holdout", "0 with clients.eval_every: no client has documents to judge by", "a share above 0")
         if not self.clients.scaffold:
             return
         if self.clients.optimizer != "sgd":
@@ -194,3 +197,12 @@ class Config(Section):
             raise ConfigError("clients.scaffold", "true with privacy.clip, which bounds updates without their variates", "false")
         if self.clients.keep or self.comm.wire.topk:
             raise ConfigError("clients.scaffold", "true with clients.keep or comm.wire.topk", "false; or neither of them")
+
+    def _kept_fits(self) -> None:
+        kinds, keep = {phase.kind for phase in self.method.resolved()}, self.clients.keep
+        if "head" in keep and kinds == {"head"}:
+            raise ConfigError("clients.keep", "head, where nothing else trains: nothing would travel", "empty; or another method")
+        if "head" in keep and self.model.task == "causal_lm" and not self.model.head:
+            raise ConfigError("clients.keep", "head of a causal language model that has none", "factor_b; or its name in model.head")
+        if "factor_b" in keep and "lowrank" not in kinds:
+            raise ConfigError("clients.keep", f"factor_b with method {self.method.name}, which has no factors", "head; or a low-rank phase")

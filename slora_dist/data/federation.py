@@ -8,7 +8,7 @@ from typing import Any
 from slora_dist.config import Config
 from slora_dist.data import source
 from slora_dist.data.instructions import Instructions
-from slora_dist.data.partition import split
+from slora_dist.data.partition import held_out, hold_out, split
 from slora_dist.data.source import Documents
 from slora_dist.data.tokens import Encoded, encode, word_tokenizer
 from slora_dist.errors import ConfigError
@@ -28,33 +28,44 @@ def class_names(config: Config) -> list[str]:
 class Federation:
     """The clients' documents, tokenised when first asked for, and the names of the classes."""
 
+    _TRAIN, _HELD_OUT = range(2)
+
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        self._config, self._encoded = config, dict[int, Encoded]()
+        self._config, self._encoded = config, dict[tuple[int, int], Encoded]()
         self._read = Instructions(config.data, tokenizer).read if config.model.task == "causal_lm" else None
         self._source: Documents | None = None
-        self.sizes: list[int] | None = None  # documents of each client, where every rank can know them
+        self.sizes: list[int] | None = None  # documents that each client trains on, where every rank can know them
         if config.client_files:
             self.names = class_names(config)
         else:
             self._source, self.names = source.load_train(config.data, config.run.seed, self._read)
             self._parts = split(self._source, config.data, config.clients.count, config.run.seed)
-            self.sizes = [len(part) for part in self._parts]
+            self.sizes = [len(part) - held_out(len(part), config.clients.holdout) for part in self._parts]
         self.tokenizer = tokenizer or self._words()
 
     def open(self, clients: Sequence[int]) -> None:
         """Read and tokenise these clients' own files now, so that a bad one is found before training; one shared source waits."""
         if self._config.client_files:
             for client in clients:
-                self.client(client)
+                self.client(client), self.held_out(client)
 
     def client(self, client: int) -> Encoded:
-        """Return the documents of one client."""
-        if client not in self._encoded:
-            self._encoded[client] = encode(self._documents(client), self.tokenizer, self._config.data.max_length)
-        return self._encoded[client]
+        """Return the documents that one client trains on."""
+        return self._part(client, self._TRAIN)
+
+    def held_out(self, client: int) -> Encoded:
+        """Return the documents that one client holds out; it may have none."""
+        return self._part(client, self._HELD_OUT)
+
+    def _part(self, client: int, which: int) -> Encoded:
+        if (client, which) not in self._encoded:
+            documents, config = self._documents(client), self._config
+            chosen = hold_out(len(documents), config.clients.holdout, config.run.seed, client)[which]
+            self._encoded[client, which] = encode(documents.take(chosen), self.tokenizer, config.data.max_length)
+        return self._encoded[client, which]
 
     def test(self) -> Encoded:
-        """Return the held-out documents."""
+        """Return the held-out documents that rank 0 reads."""
         documents = source.load_test(self._config.data, self.names, self._config.run.seed, self._read)
         return encode(documents, self.tokenizer, self._config.data.max_length)
 

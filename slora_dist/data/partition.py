@@ -36,6 +36,18 @@ def split(documents: Documents, config: DataConfig, count: int, seed: int) -> li
     return parts
 
 
+def held_out(count: int, share: float) -> int:
+    """Return how many of its ``count`` documents a client holds out: one or more, unless the last one would go."""
+    return min(count - 1, max(1, round(share * count))) if share and count else 0
+
+
+def hold_out(count: int, share: float, seed: int, client: int) -> tuple[list[int], list[int]]:
+    """Return which of its ``count`` documents a client trains on, and which it holds out, drawn from ``seed``; both ascending."""
+    drawn = permutation(count, derive(seed, "holdout", client)).tolist()
+    held = held_out(count, share)
+    return sorted(drawn[held:]), sorted(drawn[:held])
+
+
 def _natural(documents: Documents, count: int) -> list[NDArray[np.int64]]:
     from flwr_datasets.partitioner import NaturalIdPartitioner
 

@@ -92,6 +92,8 @@ def _sections(groups: Sequence[Group], folder: Path, options: Options) -> Iterat
     yield _bytes(groups, folder)
     if any(run.switch for each in groups for run in each.runs):
         yield Section("The switch", "", [tables.switches(groups)])
+    if any(run.personal for each in groups for run in each.runs):
+        yield Section("On the clients' own documents", "", [tables.personal(groups)])
     if any(run.privacy for each in groups for run in each.runs):
         yield Section("Differential privacy", "", [tables.privacy(groups)])
     for at, each in enumerate(groups, 1):

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
+from slora_dist import personal
 from slora_dist.report.read import Line, Run
 
 PARTS = ("broadcast", "train", "upload", "server", "control", "round")
@@ -46,6 +47,7 @@ def _round(run: Run, record: Line) -> Parts:
     alone = run.world["size"] == 1
     besides = ("communicate", "evaluate", "overlapped", *(["train"] if alone else []))
     lines = [line for line in run.ledger if line["round"] == record["round"]]
+    notes = [line for line in lines if line["direction"] == "control" and line["kind"] not in personal.KINDS]
     spans = [line for line in run.timeline if line["round"] == record["round"] and line["what"] == "train"]
     train = max(_by_rank(spans, 0).values(), default=0.0)
     upload = sum(line["seconds"] for line in lines if line["direction"] == "up" and line["rank"] == 0)
@@ -54,7 +56,7 @@ def _round(run: Run, record: Line) -> Parts:
         "train": train,
         "upload": upload if alone else max(0.0, upload - train),  # rank 0 waits in it while the others train
         "server": seconds["total"] - sum(seconds[part] for part in besides),
-        "control": sum(line["seconds"] - line["wait_seconds"] for line in lines if line["direction"] == "control" and line["rank"] == 0),
+        "control": sum(line["seconds"] - line["wait_seconds"] for line in notes if line["rank"] == 0),
         "round": seconds["total"] - seconds["evaluate"],
     }
 

@@ -53,6 +53,12 @@ class Run:
         return self.rounds[-1].get("privacy") if self.rounds else None
 
     @property
+    def personal(self) -> dict[str, Any] | None:
+        """The last scores on the clients' own held-out documents, where there are any."""
+        found = [line["personal"] for line in self.rounds if line.get("personal", {}).get("count")]
+        return found[-1] if found else None
+
+    @property
     def state(self) -> str:
         """``finished``, or how far it got."""
         return "finished" if self.summary else f"unfinished, {len(self.rounds)} of {self.planned} rounds"

@@ -221,6 +221,25 @@ def _switch_row(switch: dict[str, Any]) -> list[str]:
     return [before, after, *losses, percent(switch["kept_energy_total"])]
 
 
+def personal(groups: Sequence[Group]) -> Table:
+    """How the model does on the clients' own held-out documents."""
+    columns = ("run", "seed", "clients", "accuracy, mean", "10th percentile", "least", "perplexity, mean", "90th percentile", "most")
+    rows = [
+        [group.label, str(run.config.run.seed), *_personal_row(figures)]
+        for group in groups
+        for run in group.runs
+        if (figures := run.personal)
+    ]
+    source = "metrics.jsonl: personal, the last one. Every client counts alike, with the coordinates that it keeps to itself, if any."
+    return Table("On the clients' own documents", columns, rows, source)
+
+
+def _personal_row(figures: dict[str, Any]) -> list[str]:
+    accuracies = [percent(figures["accuracy"][name]) for name in ("mean", "p10", "min")]
+    wavering = figures.get("perplexity")
+    return [str(figures["count"]), *accuracies, *(f"{wavering[name]:.2f}" if wavering else NONE for name in ("mean", "p90", "max"))]
+
+
 def privacy(groups: Sequence[Group]) -> Table:
     """Epsilon of the runs that add noise."""
     columns = ("run", "seed", "noise multiplier", "clip", "delta", "epsilon", "without sampling")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slora_dist import privacy, upload
+from slora_dist import personal, privacy, upload
 from slora_dist.aggregate.rules import Fold
 from slora_dist.agreement import gather_bytes, tell
 from slora_dist.clock import synchronize
@@ -25,7 +25,7 @@ from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
 from slora_dist.log import say
 from slora_dist.roundplan import RoundPlan, plan_round
-from slora_dist.rounds import move, phases, training
+from slora_dist.rounds import move, phases, scores, training
 from slora_dist.rounds.healing import heal, missing
 from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import Checkpoint
@@ -119,8 +119,8 @@ class Session:
         record: dict[str, Any] = {"round": number, "phase": stage.name}
         if self.config.clients.min_clients or self.config.clients.away:
             record["missing"] = missing(self.seat, number)
+        record |= self._judge(stage, number, received)
         if received:
-            record |= self._judge(stage, number, received)
             record["privacy"] = privacy.spent(self.config, number)
             if self._due(stage, number) == "overlap":
                 self._unjudged = record
@@ -132,7 +132,8 @@ class Session:
         if self.is_root:
             settled = settle(notes, self.clocks)
             lines = [line for line in settled["ledger"] if line["round"] == number]
-            moved, waited = totals(lines), sum(line["wait_seconds"] for line in lines if line["rank"] == 0)
+            moved, own = totals(lines), [line for line in lines if line["rank"] == 0 and line["kind"] not in personal.KINDS]
+            waited = sum(line["wait_seconds"] for line in own)
             record["payload_bytes"] = {way: moved[way] for way in ("up", "down")}
             spent = {"communicate": self.comm.seconds, "wait": waited, "overlapped": overlapped, "total": time.perf_counter() - began}
             record["seconds"] |= spent
@@ -228,8 +229,21 @@ class Session:
             return None
         return settings.evaluate if self.comm.size > 1 else "inline"
 
-    def _judge(self, stage: Stage, number: int, received: Received) -> dict[str, Any]:
-        """Evaluate when it is due now, and return the figures of the round."""
+    def _judge(self, stage: Stage, number: int, received: Received | None) -> dict[str, Any]:
+        """Evaluate when it is due now, rank 0 while the clients do, and return the figures of the round on rank 0.
+
+        The clients' answers are part of the evaluation, not of a round's communication.
+        """
+        began, communicated = time.perf_counter(), self.comm.seconds
+        asked_N = scores.ask(self.seat, stage, number) if personal.due(self.config, number) else None
+        record = self._figures(stage, number, received) if received else {}
+        if asked_N is not None:
+            told, self.comm.seconds = scores.collect(self.seat, stage, number, asked_N), communicated
+            if received:
+                record["personal"], record["seconds"]["evaluate"] = told, time.perf_counter() - began
+        return record
+
+    def _figures(self, stage: Stage, number: int, received: Received) -> dict[str, Any]:
         headers = received.headers
         began = time.perf_counter()
         score = self._score(stage, number) if self._due(stage, number) == "inline" else figures(None, self.config.model.task)

@@ -43,11 +43,7 @@ def update(seat: Seat, stage: Stage, number: int, client: int) -> tuple[Header, 
 
 def _train(seat: Seat, stage: Stage, number: int, client: int, recipe: Recipe, state: State) -> Update:
     exchange, net = stage.exchange, seat.net
-    held_N = stage.held_N
-    for name, part in _private(stage).items():
-        if name in state:
-            held_N = part.merge(held_N.clone(), state[name])
-    start_N, part = stage.reference_N + held_N.to(seat.device), exchange.trains(number)
+    start_N, part = stage.reference_N + with_kept(stage, stage.held_N, state).to(seat.device), exchange.trains(number)
     stage.coordinates.write(net, start_N)
     part.support.require_grad(net, stage.coordinates)
     if exchange.variates:
@@ -55,6 +51,14 @@ def _train(seat: Seat, stage: Stage, number: int, client: int, recipe: Recipe, s
         recipe = replace(recipe, correction_n=stage.variate_n - own_n)
     documents, seed = seat.federation.client(client), derive(seat.config.run.seed, "client", number, client)
     return attempt(net, part.support, part.take(start_N), documents, recipe, seed)
+
+
+def with_kept(stage: Stage, offset_N: Tensor, state: State) -> Tensor:
+    """Return an offset as a client has it, with the coordinates that it keeps to itself in their places."""
+    for name, part in _private(stage).items():
+        if name in state:
+            offset_N = part.merge(offset_N.clone(), state[name])
+    return offset_N
 
 
 def _outgoing(seat: Seat, stage: Stage, number: int, trained: Update, lr: float, state: State) -> Tensor:
