@@ -24,6 +24,7 @@ SETTINGS = (
     "method.sparse.rounds=5", "method.lowrank.rounds=5", "server.momentum=0.5", "comm.backend=gloo",
 )  # fmt: skip
 HEALING = ("clients.min_clients=2",)
+SECRET = {"SLORA_DIST_SECRET": "of the drill, and of nobody else"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Drill:
 
     def start(self, saboteurs: Mapping[int, sabotage.Saboteur], *more: str, size: int = RANKS) -> Ranks:
         """Start the job."""
-        return Ranks(size, ["train", CONFIG, *SETTINGS, *more, "--out", str(self.run)], self.log).start(saboteurs)
+        return Ranks(size, ["train", CONFIG, *SETTINGS, *more, "--out", str(self.run)], self.log, SECRET).start(saboteurs)
 
     def noticed(self, ranks: Ranks, words: Sequence[str]) -> float:
         """Return the seconds from the fault until the log has one of ``words``."""
@@ -93,13 +94,22 @@ class Drill:
         return run
 
 
-def kill(drill: Drill) -> Outcome:
-    """A client's rank is killed: the round closes without it, and the run goes on."""
-    point = drill.draw.choice(POINTS)
-    with drill.start({drill.victim: sabotage.at(point, drill.number, sabotage.kill, drill.mark)}, *HEALING) as ranks:
+def kill(drill: Drill, *settings: str, points: Sequence[str] = POINTS, planned: Sequence[str] | None = None) -> Outcome:
+    """A client's rank is killed: the round closes without it, and the run goes on. The reference has the settings ``planned``."""
+    point = drill.draw.choice(points)
+    with drill.start({drill.victim: sabotage.at(point, drill.number, sabotage.kill, drill.mark)}, *HEALING, *settings) as ranks:
         noticed = drill.noticed(ranks, [f"rank {drill.victim} is gone"])
         _ended(ranks.wait(SECONDS), {drill.victim: -signal.SIGKILL}, 3)
-    return drill.outcome(f"kill rank {drill.victim}, round {drill.number}, {point}", noticed, _away(drill.client, drill.number))
+    away = _away(drill.client, drill.number)
+    return drill.outcome(
+        f"kill rank {drill.victim}, round {drill.number}, {point}", noticed, *(settings if planned is None else planned), away
+    )
+
+
+def kill_masked(drill: Drill) -> Outcome:
+    """A client is missing whose masks are in the others' messages: they mask anew, and the sums are those of a run in the clear."""
+    collective = f"comm.collective={drill.draw.choice(('gather', 'reduce'))}"
+    return kill(drill, "comm.sum=exact", "comm.secure=true", collective, points=("upload",), planned=("comm.sum=exact",))
 
 
 def kill_two(drill: Drill) -> Outcome:
@@ -118,13 +128,22 @@ def kill_two(drill: Drill) -> Outcome:
     return drill.outcome(f"kill ranks {drill.victim} and {other}, rounds {drill.number} and {later}", noticed, away)
 
 
-def replace(drill: Drill) -> Outcome:
-    """A rank is killed, and a new one takes its place in a later round."""
+def replace(drill: Drill, *settings: str) -> Outcome:
+    """A rank is killed, and a new one takes its place in a later round, after another one that is refused.
+
+    ``settings`` change no bit of the result.
+    """
     drill.number = min(drill.number, ROUNDS - 4)
     slow = {0: _slowly(drill)}
-    with drill.start({drill.victim: sabotage.at("training", drill.number, sabotage.kill, drill.mark), **slow}, *HEALING) as ranks:
+    with drill.start(
+        {drill.victim: sabotage.at("training", drill.number, sabotage.kill, drill.mark), **slow}, *HEALING, *settings
+    ) as ranks:
         noticed = drill.noticed(ranks, [f"rank {drill.victim} is gone"])
         ranks.until(lambda: drill.victim in ranks.codes and rounds(drill.run) >= drill.number, SECONDS, "a round without the victim")
+        ranks.start_one(drill.victim, None, "--join", "method.sparse.lr=0.125")
+        assert ranks.wait(SECONDS, drill.victim) == {drill.victim: 2}
+        refused = f"error: method.sparse.lr: rank {drill.victim} has 0.125, rank 0 has "
+        assert f"[rank {drill.victim}] {refused}" in drill.log.read_text(encoding="utf-8")
         ranks.start_one(drill.victim, None, "--join")
         _ended(ranks.wait(SECONDS), {}, 0)
     records = [json.loads(line) for line in (drill.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -275,6 +294,10 @@ def _bits(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def _with(fault: Callable[..., Outcome], *settings: str) -> Callable[[Drill], Outcome]:
+    return lambda drill: fault(drill, *settings)
+
+
 FAULTS: dict[str, Callable[[Drill], Outcome]] = {
     "kill": kill,
     "kill two": kill_two,
@@ -288,4 +311,11 @@ FAULTS: dict[str, Callable[[Drill], Outcome]] = {
     "disk full": disk_full,
     "requeue": requeue,
     "MPI kill": mpi_kill,
+}
+ON_DEMAND: dict[str, Callable[[Drill], Outcome]] = {  # played only where they are named
+    "kill, masked": kill_masked,
+    "replace, sealed": _with(replace, "comm.encrypt=true"),
+    "kill, overlap": _with(kill, "server.evaluate=overlap"),
+    "kill, fedex": _with(kill, "method.lowrank.rule=fedex", "server.momentum=0"),
+    "kill, stack": _with(kill, "method.lowrank.rule=stack", "server.momentum=0"),
 }

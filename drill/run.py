@@ -11,13 +11,14 @@ import flwr_datasets.partitioner  # noqa: F401  # imported once, here: the ranks
 
 import slora_dist.comm.torch_comm
 import slora_dist.job  # noqa: F401
-from drill.faults import FAULTS, Drill, Outcome
+from drill.faults import FAULTS, ON_DEMAND, Drill, Outcome
 
 
 def main() -> int:
     """Play the drills and print the table; 1 when one failed."""
     options = _options()
-    names = [name for name in FAULTS if name in (options.only or FAULTS)]
+    faults = FAULTS | ON_DEMAND
+    names = [name for name in faults if name in (options.only or FAULTS)]
     rows, failed = [], 0
     with tempfile.TemporaryDirectory(prefix="drill-") as scratch:
         references = Path(scratch) / "references"
@@ -26,7 +27,7 @@ def main() -> int:
             name, began = names[seed % len(names)], time.monotonic()
             drill = Drill(Path(scratch) / str(seed), references, seed)
             try:
-                outcome = FAULTS[name](drill)
+                outcome = faults[name](drill)
                 good = outcome.equal and outcome.audited and not outcome.lost
             except Exception:
                 traceback.print_exc()
@@ -56,7 +57,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", nargs="?", type=int, default=len(FAULTS))
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=FAULTS)
+    parser.add_argument("--only", nargs="+", choices=[*FAULTS, *ON_DEMAND])
     parser.add_argument("--out", type=Path, help="file for the table")
     return parser.parse_args()
 

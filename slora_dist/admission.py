@@ -19,7 +19,9 @@ from torch import Tensor
 import slora_dist
 from slora_dist import secret as secrecy
 from slora_dist.comm.base import INIT_SECONDS, Transport, hurried
+from slora_dist.comm.line import MAX_ACCOUNT
 from slora_dist.comm.metered import Metered
+from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.config import Config
 from slora_dist.errors import ConfigError
 from slora_dist.ledger import Label, Ledger
@@ -63,7 +65,7 @@ def _admit(comm: Transport, config: Config, environ: Mapping[str, str]) -> Admit
     challenge_B = as_bytes(secrets.token_bytes(NONCE_BYTES))
     metered.broadcast(challenge_B, _label("challenge", NONCE_BYTES), clients=1)
     challenge = _raw(challenge_B)
-    mine = {"version": slora_dist.__version__, "settings": config.model_dump(mode="json"), "problem": problem}
+    mine = _mine(config, problem)
     nonce = secrets.token_bytes(NONCE_BYTES)
     answer_B = _answer(secret, challenge, comm.rank, nonce, mine)
     frames = [bytearray() for _ in range(comm.size)]
@@ -78,8 +80,20 @@ def _admit(comm: Transport, config: Config, environ: Mapping[str, str]) -> Admit
 
 
 def joining(comm: Transport) -> Admitted:
-    """Return the world of a rank that joins a run under way: it has proved itself on the lifeline already."""
-    return Admitted(Ledger(comm.rank), b"")
+    """Return the world of a rank that joins a run under way: it has proved itself on the lifeline already, and got the session's key."""
+    assert isinstance(comm, TorchComm) and comm.generations
+    return Admitted(Ledger(comm.rank), comm.generations.session)
+
+
+def account(config: Config) -> bytes:
+    """Return what a rank that joins a run under way tells rank 0 of itself."""
+    return _text(_mine(config, None), MAX_ACCOUNT)
+
+
+def judge(config: Config, rank: int, account: bytes) -> ConfigError | None:
+    """Return why rank 0 refuses a rank that joins with this ``account`` of itself, or None."""
+    refused = _mismatch(rank, json.loads(account), _mine(config, None))
+    return ConfigError(*refused[1]) if refused else None
 
 
 def _own(config: Config, environ: Mapping[str, str]) -> tuple[bytes, Problem | None]:
@@ -95,11 +109,20 @@ def _own(config: Config, environ: Mapping[str, str]) -> tuple[bytes, Problem | N
     return secret or b"", None
 
 
-def _answer(secret: bytes, challenge: bytes, rank: int, nonce: bytes, mine: Mapping[str, Any]) -> Tensor:
+def _mine(config: Config, problem: Problem | None) -> Mapping[str, Any]:
+    return {"version": slora_dist.__version__, "settings": config.model_dump(mode="json"), "problem": problem}
+
+
+def _text(mine: Mapping[str, Any], most: int) -> bytes:
+    """Return what a rank tells of itself in ``most`` bytes or fewer."""
     text = json.dumps(mine).encode()
-    if len(text) > ANSWER_BYTES - PROOF_BYTES - NONCE_BYTES - LENGTH_BYTES:
-        problem = ["CONFIG.yaml", "its settings are too long", "60 kB of them"]
-        text = json.dumps({"version": mine["version"], "settings": {}, "problem": problem}).encode()
+    if len(text) <= most:
+        return text
+    return json.dumps({**mine, "settings": {}, "problem": ["CONFIG.yaml", "its settings are too long", "60 kB of them"]}).encode()
+
+
+def _answer(secret: bytes, challenge: bytes, rank: int, nonce: bytes, mine: Mapping[str, Any]) -> Tensor:
+    text = _text(mine, ANSWER_BYTES - PROOF_BYTES - NONCE_BYTES - LENGTH_BYTES)
     body = nonce + len(text).to_bytes(LENGTH_BYTES, "little") + text
     body = body.ljust(ANSWER_BYTES - PROOF_BYTES, b"\0")
     return as_bytes(secrecy.proof(secret, b"answer", challenge, _number(rank), body) + body)
@@ -120,7 +143,11 @@ def _judge(secret: bytes, challenge: bytes, rank: int, frame: bytes, mine: Mappi
     if not secrecy.holds(claimed, secret, b"answer", challenge, _number(rank), body):
         has = "does not hold the secret of rank 0" if secret else "holds a secret, or garbles it, and rank 0 finds none"
         return rank, [secrecy.VARIABLE, f"rank {rank} {has}", GIVEN]
-    theirs = json.loads(_text(body[NONCE_BYTES:]))
+    return _mismatch(rank, json.loads(_told(body[NONCE_BYTES:])), mine)
+
+
+def _mismatch(rank: int, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tuple[int, Problem] | None:
+    """Return (rank, why) when a rank means another run than rank 0 or cannot take part, else None."""
     if theirs["version"] != mine["version"]:
         problem = f"rank {rank} runs version {theirs['version']}, rank 0 {mine['version']}"
         return rank, ["slora_dist", _clip(problem), "the same on every rank"]
@@ -143,7 +170,7 @@ def _accept(verdict: bytes, secret: bytes, challenge: bytes, rank: int, nonce: b
     if not proved or nonces[rank * NONCE_BYTES : (rank + 1) * NONCE_BYTES] != nonce:
         has = "does not hold the secret of this rank" if secret else "holds a secret, and this rank finds none"
         _refuse(rank, problem or [secrecy.VARIABLE, f"rank 0 {has}", GIVEN], said=True)
-    refusal = json.loads(_text(body))
+    refusal = json.loads(_told(body))
     if refusal:
         _refuse(rank, refusal[1], said=refusal[0] == rank)
     return secrecy.proof(secret, b"session", challenge, nonces)
@@ -160,7 +187,7 @@ def _label(kind: str, nbytes: int) -> Label:
     return Label("start", 0, "control", {kind: nbytes})
 
 
-def _text(body: bytes) -> bytes:
+def _told(body: bytes) -> bytes:
     length = int.from_bytes(body[:LENGTH_BYTES], "little")
     return body[LENGTH_BYTES : LENGTH_BYTES + length]
 

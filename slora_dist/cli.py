@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = world.rank
         return ON_RANKS[options.command](options, world)
     except ConfigError as error:
-        if rank == 0:
+        if rank == 0 or getattr(options, "join", False):  # what concerns all ranks rank 0 says; who joins is on its own
             say(rank, f"error: {error}")
         return 2
     except RunError as error:  # ranks that do not come together, or do not leave together
@@ -108,12 +109,11 @@ def _healing(config: Config, options: argparse.Namespace) -> "Healing | None":
         if options.join:
             raise ConfigError("--join", "without clients.min_clients no run takes in a rank", "clients.min_clients, as the others have it")
         return None
-    if options.join and config.comm.encrypt:
-        raise ConfigError("--join", "the key of a run with comm.encrypt was made when it began", "comm.encrypt=false, on all ranks")
-    from slora_dist import secret
+    from slora_dist import admission, secret
     from slora_dist.comm.lifeline import Healing
 
-    return Healing(config.comm.client_timeout, secret.find(os.environ) or b"", settings.digest(config), options.join)
+    known = secret.find(os.environ) or b""
+    return Healing(config.comm.client_timeout, known, admission.account(config), partial(admission.judge, config), options.join)
 
 
 def _restarted() -> bool:

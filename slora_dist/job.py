@@ -50,6 +50,8 @@ class Job:
         self.shaped = Shaped(self.sealed or comm, routing(config)) if config.network.mode == "sleep" else None
         self.comm = Metered(self.shaped or self.sealed or comm, ledger, self.sealed.carried if self.sealed else int)
         self.group = comm if isinstance(comm, TorchComm) and comm.generations else None
+        if self.group and self.group.generations and admitted:
+            self.group.generations.begin(admitted.session)
         self.checkpoint: Checkpoint | None = None
         self.tracker: Scalars | None = None
 
@@ -76,9 +78,11 @@ class Job:
 
     def _join(self) -> Session:
         """Return the session of a rank that joins a run under way, once the others have taken it in."""
-        assert self.group
+        assert self.group and self.group.generations
         session = self._prepare(resume=False)
         self.group.regroup()
+        if self.sealed:
+            self.sealed.restart(self.group.generations.number)
         return session
 
     def prepare(self, resume: bool, track: str | None = None) -> Session:

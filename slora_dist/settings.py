@@ -1,9 +1,6 @@
 """From a YAML file and dotted overrides to a ``Config``, and from the definitions to their documentation."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +108,6 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     for text in overrides:
         _lay_over(tree, text)
     return validate(tree)
-
-
-def digest(config: Config) -> bytes:
-    """Return 32 bytes that two ranks share if they run the same version with the same settings."""
-    text = json.dumps([version("slora_dist"), config.model_dump()], sort_keys=True)
-    return hashlib.sha256(text.encode()).digest()
 
 
 def require_equal(config: Config, other: Config) -> None:

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import FileStore
 
 import slora_dist
 from slora_dist import admission
-from slora_dist.admission import NONCE_BYTES, PROOF_BYTES, admit
+from slora_dist.admission import NONCE_BYTES, PROOF_BYTES, account, admit, judge
 from slora_dist.comm.alone import Alone
 from slora_dist.comm.base import Chunk, Transport
 from slora_dist.comm.torch_comm import TorchComm
@@ -116,6 +116,13 @@ def test_one_that_differs_is_refused_everywhere(name: str, capfd: pytest.Capture
     assert root in ranks[0] and refused in ranks[2] and len(ranks[0]) < 700
     said = capfd.readouterr().err.splitlines()
     assert f"slora-dist [rank 2] error: {ranks[2]}" in said and not any("[rank 0]" in line for line in said)
+
+
+def test_a_newcomer_is_judged_as_the_others_were() -> None:
+    assert judge(tiny(), 3, account(tiny())) is None
+    refused = judge(tiny(), 3, account(tiny("model.config.hidden_size=128")))
+    assert str(refused).startswith("model.config.hidden_size: rank 3 has 128, rank 0 has 64. ")
+    assert "its settings are too long" in str(judge(tiny(), 3, account(tiny(f"data.text={'x' * 90000}"))))
 
 
 def test_one_may_be_required() -> None:

@@ -10,9 +10,20 @@ from tests.tiny import ROOT
 
 @pytest.mark.launcher
 def test_a_run_survives_the_death_of_a_rank_and_takes_in_another() -> None:
-    command = [sys.executable, "-m", "drill.run", "1", "--only", "replace", "--first", "2"]
+    """With encryption: the newcomer is handed the session's key; and before it one is refused whose settings differ."""
+    drilled("1", "--only", "replace, sealed", "--first", "2")
+
+
+@pytest.mark.launcher
+def test_masks_of_a_client_that_dies_after_the_keys_were_exchanged_leave_no_trace() -> None:
+    """Under secure aggregation, over gather (seed 0) and reduce (seed 1)."""
+    drilled("2", "--only", "kill, masked")
+
+
+def drilled(*arguments: str) -> None:
+    command = [sys.executable, "-m", "drill.run", *arguments]
     played = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert played.returncode == 0 and "1 drills, 0 failed" in played.stdout, played.stdout + played.stderr
+    assert played.returncode == 0 and f"{arguments[0]} drills, 0 failed" in played.stdout, played.stdout + played.stderr
 
 
 @pytest.mark.launcher

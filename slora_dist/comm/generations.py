@@ -46,6 +46,16 @@ class Generations:
         """The ranks that rank 0 has seen go, in order."""
         return self.lifeline.losses
 
+    @property
+    def session(self) -> bytes:
+        """The key of the run's session: a rank that joins is handed it by rank 0."""
+        assert self.lifeline.session is not None
+        return self.lifeline.session
+
+    def begin(self, session: bytes) -> None:
+        """Tell who joins from now on the key of the run's session."""
+        self.lifeline.session = session
+
     def wait(self, call: Callable[[], object]) -> None:
         """Return when ``call``, which waits for the present group, has; raises ``TransportError`` when the group is over before."""
         assert self._group

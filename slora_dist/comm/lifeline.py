@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from slora_dist.comm.line import FRAME_SECONDS, Line, answer, call
-from slora_dist.errors import RunError
+from slora_dist.errors import ConfigError, RunError
 from slora_dist.log import say
 
 BEAT = 1.0  # seconds between two signs of life
@@ -30,13 +30,14 @@ FRESH = 1 << 40  # the generation that a rank has left that was in none
 
 @dataclass(frozen=True)
 class Healing:
-    """What ranks need to go on when one of them dies: the seconds of silence that count as death, the job's secret, ``digest`` (32 bytes)
-    of what all must have alike, and whether this rank joins a run that is under way.
+    """What ranks need to go on when one of them dies: the seconds of silence that count as death, the job's secret, this rank's
+    ``account`` of what all must have alike, how it judges another rank's, and whether it joins a run that is under way.
     """
 
     patience: float
     secret: bytes
-    digest: bytes
+    account: bytes
+    judge: Callable[[int, bytes], ConfigError | None]
     joins: bool
 
 
@@ -66,6 +67,7 @@ class RootLifeline:
         self.on_over: Callable[[int], None] = lambda _: None
         self.generation, self.members = -1, tuple(range(size))
         self.losses: list[Loss] = []
+        self.session: bytes | None = None  # the key of the run's session, once it has begun
         self._lines: dict[int, Line] = {}
         self._left: dict[int, int] = {}  # the generation that each rank has left
         self._change = threading.Condition()
@@ -152,7 +154,7 @@ class RootLifeline:
     def _answer(self, connection: socket.socket, address: str) -> None:
         """Take in a rank that calls, and read what it says until it is gone."""
         try:
-            line, rank, joins = answer(connection, self._healing.secret, self._healing.digest, self.size)
+            line, rank, joins = answer(connection, self._healing.secret, self.size, self._judge)
         except (OSError, RunError) as error:
             say(0, f"refused a connection from {address}: {error}")
             connection.close()
@@ -167,6 +169,14 @@ class RootLifeline:
         if joins:
             say(0, f"rank {rank} has come to join the run")
         self._hear(rank, line)
+
+    def _judge(self, rank: int, account: bytes) -> bytes | ConfigError:
+        """Return what a rank that joins gets: the session's key, or the reason why it may not."""
+        if self.session is None:
+            return ConfigError("--join", "the run has not begun", "a run that is under way and has lost a rank")
+        if rank in self._lines:
+            return ConfigError("--join", f"rank {rank} is here already", "the number of a rank that is gone")
+        return self._healing.judge(rank, account) or self.session
 
     def _hear(self, rank: int, line: Line) -> None:
         reason = "its connection closed"
@@ -221,7 +231,8 @@ class RankLifeline:
         self.rank, self.patience, self.joins = rank, healing.patience, healing.joins
         self.on_over: Callable[[int], None] = lambda _: None
         self.generation = -1
-        self._line = call(connection, healing.secret, healing.digest, rank, healing.joins)
+        account = healing.account if healing.joins else b""
+        self._line, self.session = call(connection, healing.secret, account, rank, healing.joins)
         self._meeting = Meeting(-1, ())
         self._ended = -1  # the last generation that rank 0 has declared over
         self._gone = ""

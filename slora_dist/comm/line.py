@@ -3,23 +3,35 @@
 Both ends prove that they hold the job's secret by an HMAC over the other's nonce. Every frame after that carries an HMAC under a key of
 this connection and its own number, so that nobody on the way can forge, repeat or leave out one. Without a secret the same is done under an
 empty one: it then guards against accidents only.
+
+A rank that joins a run under way tells its version and settings with its proof. Rank 0's proof covers its answer: why the rank is refused,
+or the key of the run's session, sealed with AES-256-GCM under a key from the secret and both nonces.
 """
 
 import hmac
+import json
 import secrets
 import socket
 import struct
 import threading
+from collections.abc import Callable
 
-from slora_dist.errors import RunError
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from slora_dist.errors import ConfigError, RunError
 from slora_dist.secret import holds, proof
 
-NONCE = 32  # bytes of a nonce, of a digest and of a proof
+NONCE = 32  # bytes of a nonce and of a proof
 HANDSHAKE_SECONDS = 20.0  # that the other side may take for one step of the handshake
 FRAME_SECONDS = 10.0  # that a frame may take once its first byte is here
 MAX_BODY = 1 << 20
+MAX_ACCOUNT = 64 << 10  # bytes that a rank may tell of itself, before rank 0 knows it
 
-_HELLO = struct.Struct("<IB")  # rank, whether it joins a run that is under way
+Judge = Callable[[int, bytes], bytes | ConfigError]
+
+_HELLO = struct.Struct("<IBI")  # rank, whether it joins a run that is under way, bytes of its account
+_ANSWER = struct.Struct("<BI")  # whether the rank is refused, bytes of the reason or of the sealed session key
+_ONCE = bytes(12)  # the nonce of a cipher that seals one message
 _HEAD = struct.Struct("<BI")  # kind, bytes of the body
 _MAC = 16
 
@@ -69,33 +81,60 @@ def take(connection: socket.socket, size: int) -> bytes:
     return bytes(parts)
 
 
-def call(connection: socket.socket, secret: bytes, digest: bytes, rank: int, joins: bool) -> Line:
-    """Introduce this rank to rank 0; ``digest`` (32 bytes) stands for version and settings. Raises ``RunError`` when it is refused."""
+def call(connection: socket.socket, secret: bytes, account: bytes, rank: int, joins: bool) -> tuple[Line, bytes]:
+    """Introduce this rank to rank 0, with its ``account`` of what it runs if it joins; return its line and the run's session key.
+
+    The key is empty where this rank does not join. Raises ``RunError`` when rank 0 does not know the secret or does not trust this
+    rank, ``ConfigError`` when it says why it refuses it.
+    """
     connection.settimeout(HANDSHAKE_SECONDS)
     theirs, mine = take(connection, NONCE), secrets.token_bytes(NONCE)
-    hello = _HELLO.pack(rank, joins)
-    connection.sendall(hello + digest + mine + proof(secret, b"rank", theirs, mine, hello, digest))
-    answer = take(connection, NONCE)
-    if not holds(answer, secret, b"root", mine, theirs):
+    hello = _HELLO.pack(rank, joins, len(account))
+    connection.sendall(hello + mine + account + proof(secret, b"rank", theirs, mine, hello, account))
+    proven, head = take(connection, NONCE), take(connection, _ANSWER.size)
+    refused, size = _ANSWER.unpack(head)
+    told = take(connection, size) if size <= MAX_ACCOUNT else b""
+    if not holds(proven, secret, b"root", mine, theirs, head, told):
         raise RunError("rank 0 has refused this rank, or does not hold the job's secret: see what rank 0 said")
+    if refused:
+        raise ConfigError(*json.loads(told))
     connection.settimeout(FRAME_SECONDS)
-    return Line(connection, proof(secret, b"line", theirs, mine), b"rank", b"root")
+    line = Line(connection, proof(secret, b"line", theirs, mine), b"rank", b"root")
+    return line, _wrap(secret, theirs, mine).decrypt(_ONCE, told, None) if told else b""
 
 
-def answer(connection: socket.socket, secret: bytes, digest: bytes, size: int) -> tuple[Line, int, bool]:
-    """Make sure of a rank that calls: (its line, its number, whether it joins). Raises ``RunError`` that says why it is refused."""
+def answer(connection: socket.socket, secret: bytes, size: int, judge: Judge) -> tuple[Line, int, bool]:
+    """Make sure of a rank that calls: (its line, its number, whether it joins). Raises ``RunError`` that says why it is refused.
+
+    ``judge(rank, account)`` returns the session key for a rank that joins, or why it may not; who holds the secret is told.
+    """
     connection.settimeout(HANDSHAKE_SECONDS)
     mine = secrets.token_bytes(NONCE)
     connection.sendall(mine)
-    hello, theirs_digest = take(connection, _HELLO.size), take(connection, NONCE)
-    theirs, proven = take(connection, NONCE), take(connection, NONCE)
-    if not holds(proven, secret, b"rank", mine, theirs, hello, theirs_digest):
+    hello, theirs = take(connection, _HELLO.size), take(connection, NONCE)
+    rank, joins, length = _HELLO.unpack(hello)
+    if length > MAX_ACCOUNT:
+        raise RunError(f"it announces {length} bytes, allowed are {MAX_ACCOUNT}")
+    account, proven = take(connection, length), take(connection, NONCE)
+    if not holds(proven, secret, b"rank", mine, theirs, hello, account):
         raise RunError("it does not hold the job's secret")
-    rank, joins = _HELLO.unpack(hello)
     if not 0 < rank < size:
         raise RunError(f"it calls itself rank {rank} of {size}")
-    if joins and theirs_digest != digest:  # who is there from the start is asked more closely: see ``admission``
-        raise RunError(f"rank {rank} has another version or other settings")
-    connection.sendall(proof(secret, b"root", theirs, mine))
+    found = judge(rank, account) if joins else b""  # who is there from the start is asked later: see ``admission``
+    refused = isinstance(found, ConfigError)
+    told = _reason(found) if isinstance(found, ConfigError) else _wrap(secret, mine, theirs).encrypt(_ONCE, found, None) if found else b""
+    head = _ANSWER.pack(refused, len(told))
+    connection.sendall(proof(secret, b"root", theirs, mine, head, told) + head + told)
+    if isinstance(found, ConfigError):
+        raise RunError(str(found))
     connection.settimeout(FRAME_SECONDS)
     return Line(connection, proof(secret, b"line", mine, theirs), b"root", b"rank"), rank, bool(joins)
+
+
+def _reason(error: ConfigError) -> bytes:
+    return json.dumps([error.setting, error.problem, error.allowed]).encode()
+
+
+def _wrap(secret: bytes, root: bytes, rank: bytes) -> AESGCM:
+    """Return the cipher in which rank 0 hands out the session's key, once: it follows from the secret and both nonces."""
+    return AESGCM(proof(secret, b"session for a newcomer", root, rank))

@@ -27,7 +27,7 @@ from slora_dist.comm.alone import leave
 from slora_dist.comm.base import BUCKET, INIT_SECONDS, MAX_MESSAGE, Chunk, check_summable, check_wire, failing, staged
 from slora_dist.comm.generations import Generations
 from slora_dist.comm.lifeline import Healing, Lifeline, RankLifeline, RootLifeline
-from slora_dist.errors import RunError, TransportError
+from slora_dist.errors import ConfigError, RunError, TransportError
 from slora_dist.world import World
 
 BACKLOG = 1024  # ranks that may knock at the same moment
@@ -153,6 +153,8 @@ class TorchComm:
             self.barrier()
             dist.destroy_process_group()
             return
+        if not dist.is_initialized():  # a rank that joins, and has found that it cannot
+            return
         with suppress(TransportError):  # all is done: who dies now is not missed
             self.barrier()
         self.generations.lifeline.close()
@@ -233,6 +235,8 @@ def open_lifeline(host: str, store: Store, world: World, healing: Healing) -> Li
         port = store.get("lifeline")
         try:
             return RankLifeline(host, int(port), world.rank, healing, INIT_SECONDS)
+        except ConfigError:  # rank 0 has said why it refuses this rank
+            raise
         except (OSError, ValueError) as error:
             raise RunError(f"rank {world.rank}: connect with rank 0 failed: no lifeline at {host}:{port[:8]!r} ({error})") from error
 

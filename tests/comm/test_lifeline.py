@@ -7,16 +7,22 @@ from contextlib import contextmanager
 
 import pytest
 
+from slora_dist.comm import line
 from slora_dist.comm.lifeline import Healing, Meeting, RankLifeline, RootLifeline
-from slora_dist.comm.line import NONCE, Line, call, take
-from slora_dist.errors import RunError
+from slora_dist.comm.line import MAX_ACCOUNT, NONCE, Line, call, take
+from slora_dist.errors import ConfigError, RunError
 
-SECRET, DIGEST, PATIENCE, SECONDS = b"secret", b"d" * 32, 30.0, 30.0
+SECRET, ACCOUNT, PATIENCE, SECONDS = b"secret", b"who I am", 30.0, 30.0
+SESSION = b"k" * 32
 HOST = "127.0.0.1"
 
 
-def healing(secret: bytes = SECRET, digest: bytes = DIGEST, joins: bool = False, patience: float = PATIENCE) -> Healing:
-    return Healing(patience, secret, digest, joins)
+def healing(secret: bytes = SECRET, account: bytes = ACCOUNT, joins: bool = False, patience: float = PATIENCE) -> Healing:
+    return Healing(patience, secret, account, judge, joins)
+
+
+def judge(rank: int, account: bytes) -> ConfigError | None:
+    return None if account == ACCOUNT else ConfigError("a.setting", f"rank {rank} is {account.decode()}", ACCOUNT.decode())
 
 
 @contextmanager
@@ -76,14 +82,19 @@ def test_silence_counts_as_death() -> None:
 
 
 def test_a_new_rank_takes_the_place_of_a_dead_one() -> None:
-    with world(3) as (root, ranks):
+    with world(3) as (root, ranks), pytest.MonkeyPatch.context() as patch:
         meet(root, *ranks.values())
+        root.session = SESSION
         over = threading.Event()
         root.on_over = tell(over)
         ranks[1]._line.socket.shutdown(socket.SHUT_RDWR)
         assert over.wait(SECONDS)
         assert meet(root, ranks[2]) == [Meeting(1, (0, 2))] * 2 and root.newcomers() == []
+        travelled: list[bytes] = []
+        patch.setattr(line, "take", lambda connection, size: travelled.append(take(connection, size)) or travelled[-1])
         ranks[1] = RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
+        assert ranks[1].session == SESSION and ranks[2].session == b"", "a newcomer has not been at the admission, where the key is made"
+        assert ACCOUNT in travelled and not any(SESSION in part for part in travelled), "the key is sealed"
         while not root.newcomers():
             pass
         assert root.newcomers() == [1]
@@ -114,16 +125,20 @@ def test_the_first_meeting_names_who_has_not_come() -> None:
     ("own", "rank", "reason"),
     [
         (healing(secret=b"guessed"), 1, "does not hold the job's secret"),
-        (healing(digest=b"e" * 32, joins=True), 1, "rank 1 has another version or other settings"),
+        (healing(account=b"somebody else", joins=True), 1, "a.setting: rank 1 is somebody else. Allowed: who I am."),
+        (healing(account=b"x" * (MAX_ACCOUNT + 1), joins=True), 1, "announces 65537 bytes, allowed are 65536"),
         (healing(), 7, "calls itself rank 7 of 2"),
         (healing(), 0, "calls itself rank 0 of 2"),
     ],
 )
 def test_strangers_are_refused_and_the_job_waits_on(own: Healing, rank: int, reason: str, capfd: pytest.CaptureFixture[str]) -> None:
     root = RootLifeline(socket.create_server((HOST, 0)), 2, healing())
-    with pytest.raises((RunError, ConnectionError)):
+    root.session = SESSION
+    with pytest.raises((RunError, ConnectionError, ConfigError)):
         RankLifeline(HOST, root.port, rank, own, SECONDS)
-    assert reason in capfd.readouterr().err
+    told = ""
+    while reason not in told:  # rank 0 may still be speaking
+        told += capfd.readouterr().err
     member = RankLifeline(HOST, root.port, 1, healing(), SECONDS)
     assert meet(root, member)[0].members == (0, 1)
     with pytest.raises((RunError, ConnectionError)):
@@ -133,19 +148,34 @@ def test_strangers_are_refused_and_the_job_waits_on(own: Healing, rank: int, rea
     root.close()
 
 
+def test_a_newcomer_is_told_why_it_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    with world(2) as (root, _):
+        with pytest.raises(ConfigError, match="--join: the run has not begun"):
+            RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
+        root.session = SESSION
+        with pytest.raises(ConfigError, match="--join: rank 1 is here already"):
+            RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
+        root._lines.pop(1).close()
+        with pytest.raises(ConfigError, match=r"a\.setting: rank 1 is another"):
+            RankLifeline(HOST, root.port, 1, healing(account=b"another", joins=True), SECONDS)
+        told = ""
+        while told.count("refused a connection") < 3:  # rank 0 says so, too, when it has answered
+            told += capfd.readouterr().err
+
+
 def test_a_rank_does_not_talk_to_a_root_without_the_secret() -> None:
     listener = socket.create_server((HOST, 0))
 
     def impostor() -> None:
         connection, _ = listener.accept()
         connection.sendall(b"n" * NONCE)
-        take(connection, 5 + 3 * NONCE)
-        connection.sendall(b"x" * NONCE)
+        take(connection, 9 + 2 * NONCE)
+        connection.sendall(b"x" * (NONCE + 5))
 
     thread = threading.Thread(target=impostor)
     thread.start()
     with socket.create_connection(listener.getsockname()) as connection, pytest.raises(RunError, match="does not hold the job's secret"):
-        call(connection, SECRET, DIGEST, 1, False)
+        call(connection, SECRET, b"", 1, False)
     thread.join()
     listener.close()
 
