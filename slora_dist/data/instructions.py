@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from slora_dist.config import DataConfig
-from slora_dist.data.table import Table, check_column, filled, texts
+from slora_dist.data.table import Table, filled, texts, values
 from slora_dist.errors import ConfigError
 
 Span = tuple[int, int]  # characters of a text: the first one, and the one behind the last
@@ -37,7 +37,7 @@ Reader = Callable[[Table], Written]
 
 def unread(table: Table) -> Written:
     """Read no text at all, where only labels and clients of the rows are asked for."""
-    return Written([""] * len(table.rows), [[]] * len(table.rows), True)
+    return Written([""] * len(table), [[]] * len(table), True)
 
 
 class Instructions:
@@ -54,9 +54,9 @@ class Instructions:
         """Return the documents of ``table``. Raises ``ConfigError`` naming the column or row that is wrong."""
         if self._config.answer is not None:
             return self._prompts(table, self._config.answer)
-        values = filled(table, "data.text", self._config.text)
-        if isinstance(values[0], list):
-            return self._chats([_chat(value, row, table) for row, value in enumerate(values, start=1)], table)
+        found = filled(table, "data.text", self._config.text)
+        if isinstance(found[0], list):
+            return self._chats([_chat(value, row, table) for row, value in enumerate(found, start=1)], table)
         plain = texts(table, "data.text", self._config.text)
         return Written(plain, [[(0, len(text))] for text in plain], False)
 
@@ -111,7 +111,5 @@ def _filled_in(template: str, table: Table) -> list[str]:
         columns = sorted({name for _, name, _, _ in Formatter().parse(template) if name is not None})
     except ValueError as error:
         raise ConfigError("data.template", f"cannot be read ({error})", "text with {column} in it; {{ and }} stand for braces") from None
-    for column in columns:
-        check_column(table, "data.template", column)
-    cells = [["" if value is None else value for value in table.rows[column][:]] for column in columns]
-    return [template.format(**dict(zip(columns, row, strict=True))) for row in zip(*cells, strict=True)] or [template] * len(table.rows)
+    cells = [["" if value is None else value for value in values(table, "data.template", column)] for column in columns]
+    return [template.format(**dict(zip(columns, row, strict=True))) for row in zip(*cells, strict=True)] or [template] * len(table)

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+
 from slora_dist.config import DataConfig
 from slora_dist.data.fetch import resolve
 from slora_dist.data.instructions import Reader, Span, Written
 from slora_dist.data.permutation import subset
-from slora_dist.data.table import Table, filled, texts
+from slora_dist.data.table import Rows, Table, filled, texts
 from slora_dist.data.toy import MADE
 from slora_dist.errors import ConfigError
 from slora_dist.seeding import derive
@@ -109,24 +111,28 @@ def _test(config: DataConfig) -> Table:
     return Table(_pick(splits, config.test_split, path, "data.test_split"), path, setting)
 
 
-def _pick(splits: Any, split: str, path: str, setting: str) -> Any:
+def _pick(splits: Any, split: str, path: str, setting: str) -> Rows:
     if not isinstance(splits, dict):
-        return splits
+        return _rows(splits)
     if split not in splits:
         raise ConfigError(setting, f"no split {split!r} in {path}", f"one of {', '.join(splits)}")
     chosen = splits[split]
-    return _read(chosen, setting) if isinstance(chosen, Path) else chosen
+    return _rows(_read(chosen, setting) if isinstance(chosen, Path) else chosen)
+
+
+def _rows(found: Any) -> Rows:
+    """Return the rows of a ``datasets.Dataset``; what was read without that library is there already."""
+    if isinstance(found, Rows):
+        return found
+    classes = {column: list(kind.names) for column, kind in found.features.items() if hasattr(kind, "names")}
+    return Rows(found.with_format("arrow")[:], classes)
 
 
 def _open(path: str, setting: str) -> Any:
-    """Return the rows at ``path`` (a ``datasets.Dataset``), or a dict of splits: rows, or files that are still closed."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors comes back as exceptions, and these are told
+    """Return the rows at ``path`` (``Rows`` or a ``datasets.Dataset``), or a dict of splits: rows, or files that are still closed."""
     path = resolve(path, "data")
     if path in MADE:
-        return {split: datasets.Dataset.from_dict(columns) for split, columns in MADE[path]().items()}
+        return {split: Rows(pyarrow.table(columns)) for split, columns in MADE[path]().items()}
     place = Path(path)
     if place.is_dir():
         return _folder(place, setting)
@@ -136,9 +142,8 @@ def _open(path: str, setting: str) -> Any:
 
 
 def _folder(folder: Path, setting: str) -> Any:
-    import datasets
-
     if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
+        datasets = _library()
         try:
             return datasets.load_from_disk(str(folder))
         except (OSError, ValueError, IndexError) as error:  # IndexError is what it says to a folder without rows
@@ -152,25 +157,49 @@ def _folder(folder: Path, setting: str) -> Any:
 
 
 def _read(file: Path, setting: str) -> Any:
-    import datasets
-
     if not file.exists():
         raise ConfigError(setting, f"{file} does not exist", FORMATS)
     if file.suffix not in READERS:
         raise ConfigError(setting, f"{file} has an unknown format", FORMATS)
+    if file.suffix == ".parquet" and (rows := _parquet(file, setting)):
+        return rows
     builder, options = READERS[file.suffix]
+    datasets = _library()
     try:
         with tempfile.TemporaryDirectory() as cache:  # ranks share no cache, so they need no locks, and none goes stale
             return datasets.load_dataset(builder, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True, **options)
     except StopIteration:  # what the json reader says to an empty file
         raise ConfigError(setting, f"{file} holds no documents", "at least one") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(setting, f"{file} cannot be read ({_cause(error)})", f"a sound {file.suffix} file with documents in it") from None
+        raise _unreadable(file, setting, error) from None
+
+
+def _parquet(file: Path, setting: str) -> Rows | None:
+    """Return the rows of a parquet file; None if ``datasets`` wrote it, which alone knows what its columns mean."""
+    import pyarrow.parquet
+
+    try:
+        columns = pyarrow.parquet.read_table(file)
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, setting, error) from None
+    return None if b"huggingface" in (columns.schema.metadata or {}) else Rows(columns)
+
+
+def _unreadable(file: Path, setting: str, error: BaseException) -> ConfigError:
+    return ConfigError(setting, f"{file} cannot be read ({_cause(error)})", f"a sound {file.suffix} file with documents in it")
+
+
+def _library() -> Any:
+    """Return ``datasets``, silenced. It is a fifth of all that a run imports, so that only those wait for it who read by it."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as errors comes back as exceptions, and these are told
+    return datasets
 
 
 def _hub(path: str, setting: str) -> Any:
-    import datasets
-
+    datasets = _library()
     name, _, subset_name = path.partition(":")
     try:
         return dict(datasets.load_dataset(name, subset_name or None))
@@ -194,7 +223,7 @@ def _documents(
     seed: int,
 ) -> Documents:
     written = read(table) if read else Written(texts(table, "data.text", config.text), None, False)
-    labels = [0] * len(table.rows) if names is None else _labels(table, config, names)
+    labels = [0] * len(table) if names is None else _labels(table, config, names)
     clients = [str(client) for client in filled(table, "data.client_column", client_column)] if client_column else None
     kept = subset(len(labels), limit, seed).tolist()
     chosen = Documents(written.texts, labels, None, written.answers, written.complete).take(kept)
@@ -208,7 +237,7 @@ def _named(table: Table, config: DataConfig) -> bool:
 def _raw_labels(table: Table, config: DataConfig) -> list[Any]:
     """Return the labels as they stand, integers or names; the integers of a ``ClassLabel`` as its names, unless integers are asked for."""
     labels = filled(table, "data.label", config.label)
-    own = getattr(table.rows.features[config.label], "names", None)
+    own = table.rows.classes.get(config.label)
     if own is None or isinstance(config.labels, int):
         return labels
     return [own[label] if 0 <= label < len(own) else label for label in labels]
@@ -216,9 +245,9 @@ def _raw_labels(table: Table, config: DataConfig) -> list[Any]:
 
 def _found_names(table: Table, config: DataConfig) -> list[str]:
     labels = _raw_labels(table, config)
-    own = getattr(table.rows.features[config.label], "names", None)
+    own = table.rows.classes.get(config.label)
     if own is not None:
-        return list(own)
+        return own
     if labels and all(type(label) is int for label in labels):
         return class_names(max(labels) + 1)
     return sorted({label for label in labels if isinstance(label, str)})

@@ -1,37 +1,50 @@
 """The rows of a source, and its columns as they are asked for: what is missing or empty is named by table, row and setting."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from slora_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A ``pyarrow.Table``, with the names of the classes whose integers a column holds, if it tells them."""
+
+    columns: Any
+    classes: Mapping[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Table:
     """One split of a source: its rows, the ``name`` that a user knows it by, and the ``setting`` that named it."""
 
-    rows: Any
+    rows: Rows
     name: str
     setting: str
 
     def __post_init__(self) -> None:
-        if len(self.rows) == 0:
+        if len(self) == 0:
             raise ConfigError(self.setting, f"{self.name} holds no documents", "at least one")
+
+    def __len__(self) -> int:
+        return len(self.rows.columns)
+
+
+def values(table: Table, setting: str, column: str) -> list[Any]:
+    """Return the values of ``column``; those that are missing are None. ``setting`` names the column. Raises ``ConfigError``."""
+    if column not in table.rows.columns.column_names:
+        raise ConfigError(setting, f"no column {column!r} in {table.name}", f"one of {', '.join(table.rows.columns.column_names)}")
+    found: list[Any] = table.rows.columns[column].to_pylist()
+    return found
 
 
 def filled(table: Table, setting: str, column: str) -> list[Any]:
     """Return the values of ``column``, none of which may be missing. ``setting`` names the column. Raises ``ConfigError``."""
-    check_column(table, setting, column)
-    values: list[Any] = table.rows[column][:]
-    if None in values:
-        raise ConfigError(setting, f"{column!r} is missing in row {values.index(None) + 1} of {table.name}", "a value in every row")
-    return values
-
-
-def check_column(table: Table, setting: str, column: str) -> None:
-    """Raise ``ConfigError`` when there is no such column."""
-    if column not in table.rows.column_names:
-        raise ConfigError(setting, f"no column {column!r} in {table.name}", f"one of {', '.join(table.rows.column_names)}")
+    found = values(table, setting, column)
+    if None in found:
+        raise ConfigError(setting, f"{column!r} is missing in row {found.index(None) + 1} of {table.name}", "a value in every row")
+    return found
 
 
 def texts(table: Table, setting: str, column: str) -> list[str]:

