@@ -316,6 +316,9 @@ ON_DEMAND: dict[str, Callable[[Drill], Outcome]] = {  # played only where they a
     "kill, masked": kill_masked,
     "replace, sealed": _with(replace, "comm.encrypt=true"),
     "kill, overlap": _with(kill, "server.evaluate=overlap"),
+    "kill, keep": _with(
+        kill, "method.lowrank.residual=keep", "method.sparse.mask=gradient", "method.sparse.rounds=3", "method.lowrank.rounds=7"
+    ),
     "kill, fedex": _with(kill, "method.lowrank.rule=fedex", "server.momentum=0"),
     "kill, stack": _with(kill, "method.lowrank.rule=stack", "server.momentum=0"),
 }

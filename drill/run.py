@@ -31,8 +31,9 @@ def main() -> int:
                 good = outcome.equal and outcome.audited and not outcome.lost
             except Exception:
                 traceback.print_exc()
-                print(drill.log.read_text(encoding="utf-8")[-6000:], file=sys.stderr)
                 outcome, good = Outcome(f"{name}: see above", None, -1, False, False), False
+            if not good:
+                print(drill.log.read_text(encoding="utf-8")[-6000:], file=sys.stderr)
             failed += not good
             rows.append(_row(seed, outcome, good, time.monotonic() - began))
             print(rows[-1], flush=True)

@@ -14,7 +14,7 @@ from slora_dist.aggregate.factors import Pair
 from slora_dist.aggregate.rules import HEAD, Behaviour, Kinds, behaviour, width
 from slora_dist.config import AnyPhase, CommConfig, Config
 from slora_dist.fisher import Selection, selection
-from slora_dist.roundplan import absent, sample
+from slora_dist.roundplan import absent, lost, sample
 from slora_dist.support import KINDS, Kind, Part, Slot, Support
 from slora_dist.wire import Wires
 
@@ -35,7 +35,8 @@ class Message:
 class Exchange:
     """The messages of the phase that begins with round ``first`` of the run and moves ``coordinates``, of which ``pairs`` are factors.
 
-    ``members`` of ``size`` ranks are there; ``among(size, members)`` is the same phase with others.
+    ``members`` of ``size`` ranks are there; ``among(size, members)`` is the same phase with others. ``everybody`` are the clients whose
+    ranks are there, whether they take part in a round or not.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Exchange:
     ) -> None:
         self.phase, self.first, self.rounds, self.coordinates = phase, first, phase.rounds, coordinates
         self._folded = _folded(pairs, width(phase, config.sampled), config.comm)
-        self._everybody = tuple(range(config.clients.count))
+        self.everybody = tuple(sorted(set(range(config.clients.count)) - lost(config, size, members)))
         self.behaviour: Behaviour = behaviour(phase)
         self.holds = self.behaviour.holds or config.server.aggregate != "mean"
         self._sample = cache(lambda number: sample(config, number, absent(config, number, size, members)))
@@ -108,7 +109,7 @@ class Exchange:
 
     def folds(self) -> list[Message]:
         """Return the broadcast that ends a round, if the frozen base takes something over then: it concerns all clients that there are."""
-        return [Message(Part(self._folded.down.support, None), self._folded, self._everybody)] if self._folded else []
+        return [Message(Part(self._folded.down.support, None), self._folded, self.everybody)] if self._folded else []
 
     def numbers(self) -> range:
         """Return the rounds of the phase."""

@@ -31,11 +31,16 @@ def home(client: int, size: int) -> int:
     return workers(size)[client % len(workers(size))]
 
 
+def lost(config: Config, size: int, members: Sequence[int]) -> set[int]:
+    """Return the clients of ranks that have died: those that live on none of the ``members`` of ``size`` ranks."""
+    here = set(members)
+    return {client for client in range(config.clients.count) if home(client, size) not in here} if len(here) < size else set()
+
+
 def absent(config: Config, number: int, size: int, members: Sequence[int]) -> set[int]:
     """Return the clients that are not there in round ``number``: those of ranks that have died, and those that are away as planned."""
-    here = set(members)
-    gone = {client for client in range(config.clients.count) if home(client, size) not in here} if len(here) < size else set[int]()
-    return gone | {client for client, (first, *last) in config.clients.away.items() if first <= number and (not last or number <= last[0])}
+    away = {client for client, (first, *last) in config.clients.away.items() if first <= number and (not last or number <= last[0])}
+    return lost(config, size, members) | away
 
 
 def present(config: Config, number: int, size: int, members: Sequence[int]) -> list[int]:

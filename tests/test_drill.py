@@ -20,6 +20,12 @@ def test_masks_of_a_client_that_dies_after_the_keys_were_exchanged_leave_no_trac
     drilled("2", "--only", "kill, masked")
 
 
+@pytest.mark.launcher
+def test_a_base_that_takes_something_over_is_the_same_for_those_who_are_left_and_so_is_its_account() -> None:
+    """Residuals kept in the base, rules fedex and stack: each loses a rank in its low-rank phase, and passes its audit."""
+    drilled("3", "--only", "kill, keep", "kill, fedex", "kill, stack", "--first", "15")
+
+
 def drilled(*arguments: str) -> None:
     command = [sys.executable, "-m", "drill.run", *arguments]
     played = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -49,13 +49,13 @@ def _planned(run: Run, found: _Sums) -> _Sums:
                 free = kind == wire.varies and found[at] <= wire.most * clients
                 sums[at] += found[at] if free else nbytes * clients
         if (selection := exchange.selection) and number == phase["first"]:
-            for way, by_kind, clients in (("up", selection.up, run.config.sampled), ("down", selection.down, run.config.clients.count)):
+            for way, by_kind, clients in (("up", selection.up, len(up.clients)), ("down", selection.down, len(exchange.everybody))):
                 for kind, nbytes in by_kind.items():
                     sums[number, phase["phase"], way, kind] += nbytes * clients
         if phase["folds"] and number == phase["first"]:
             for handed in (run.protocol.phases[phase["at"] - 1], phase):
                 for kind, nbytes in handed["messages"].whole.down.by_kind().items():
-                    sums[number, phase["phase"], "down", kind] += nbytes * run.config.clients.count
+                    sums[number, phase["phase"], "down", kind] += nbytes * len(exchange.everybody)
     return sums
 
 

@@ -156,7 +156,7 @@ def _restore_base(seat: Seat, number: int, at: int, resumed: Checkpoint | None) 
         seat.base = earlier | later
     weights = {name: seat.base.get(name, parameter.detach()).cpu() for name, parameter in seat.net.named_parameters()}
     wire_B = torch.cat([weight.reshape(-1) for weight in weights.values()]).view(torch.uint8)
-    seat.comm.broadcast(wire_B, Label(seat.where.phase, number + 1, "control", {"base": wire_B.numel()}), clients=1)
+    seat.comm.broadcast(wire_B, Label("start", number + 1, "control", {"base": wire_B.numel()}), clients=1)
     pieces = torch.split(wire_B.view(torch.float32), [weight.numel() for weight in weights.values()])
     with torch.no_grad():
         for (name, weight), piece in zip(weights.items(), pieces, strict=True):
