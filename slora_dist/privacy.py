@@ -9,6 +9,8 @@ Legend: N coordinates, K clients of a round.
 import hashlib
 import math
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -51,16 +53,17 @@ def normal(key: bytes, numel: int) -> Tensor:
     return torch.from_numpy(pairs[:numel].astype(np.float32))
 
 
-def epsilon(noise_multiplier: float, delta: float, clients: int, sampled: int, rounds: int) -> float:
-    """Return epsilon at ``delta`` after ``rounds`` rounds with ``sampled`` of ``clients`` clients, drawn without replacement.
+def epsilon(noise_multiplier: float, delta: float, sums: Mapping[tuple[int, int], int]) -> float:
+    """Return epsilon at ``delta`` after noisy sums: ``sums[N, K]`` of them over K clients, drawn without replacement from N.
 
     Client-level, replace-one: noise of ``noise_multiplier`` x clip on a sum that one client moves by 2 x clip. Renyi accounting by
     ``dp-accounting``.
     """
     from dp_accounting.rdp import compute_epsilon
 
-    orders, divergence = _one_round(noise_multiplier, clients, sampled)
-    return float(compute_epsilon(orders, rounds * divergence, delta)[0])
+    told = [(count, _one_sum(noise_multiplier, present, drawn)) for (present, drawn), count in sums.items()]
+    orders = told[0][1][0]
+    return float(compute_epsilon(orders, sum(count * divergence for count, (_, divergence) in told), delta)[0])
 
 
 def check_accounting(config: Config) -> None:
@@ -70,8 +73,8 @@ def check_accounting(config: Config) -> None:
 
 
 @cache
-def _one_round(noise_multiplier: float, clients: int, sampled: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the Renyi divergence of one round by order: (orders, divergences). Those of several rounds add up."""
+def _one_sum(noise_multiplier: float, clients: int, sampled: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the Renyi divergence of one sum by order: (orders, divergences). Those of several add up, the orders are always the same."""
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
@@ -82,14 +85,18 @@ def _one_round(noise_multiplier: float, clients: int, sampled: int) -> tuple[NDA
     return accountant.orders, accountant.rdp
 
 
-def spent(config: Config, number: int) -> dict[str, float] | None:
-    """Return what is known of a client after round ``number``, or None when no noise is added.
+def spent(config: Config, taken: Sequence[Mapping[str, int]]) -> dict[str, float] | None:
+    """Return what is known of a client after all sums that were ``taken``, or None when no noise is added.
 
-    ``epsilon`` holds against those who do not know who was drawn, ``epsilon_unsampled`` against everybody.
+    A sum has its ``round``, the number of clients that were ``present`` and of those ``drawn`` from them: where clients are missing each
+    of the others is drawn more often. A round that was played again had two. ``epsilon`` holds against those who do not know who was drawn,
+    ``epsilon_unsampled`` against everybody.
     """
     settings = config.privacy
     if not settings.noise_multiplier:
         return None
-    count = config.clients.count
-    sampled, every = (epsilon(settings.noise_multiplier, settings.delta, count, drawn, number) for drawn in (config.sampled, count))
-    return {"epsilon": sampled, "epsilon_unsampled": every, "delta": settings.delta}
+    every = [(one["round"], one["present"], one["drawn"]) for one in taken]
+    drawn = Counter((present, drawn) for _, present, drawn in (set(every) if settings.seeded else every))  # seeded noise is the same again
+    known = Counter({(1, 1): drawn.total()})
+    sampled, unsampled = (epsilon(settings.noise_multiplier, settings.delta, sums) for sums in (drawn, known))
+    return {"epsilon": sampled, "epsilon_unsampled": unsampled, "delta": settings.delta}

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from slora_dist.errors import ConfigError, RunError
 from slora_dist.settings import validate
 
 FINISH_SECONDS = 20.0  # SLURM and torchrun kill a process 30 seconds after they have asked it to leave
+SUMS = "sums"  # a line for each sum of updates that was taken under noise, those of rounds that were played again, too
 RECORDS = ("metrics", "ledger", "timeline", "counters")  # one line a round, a collective, a span of time, a process and round
 LIBRARIES = ("slora_dist", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
@@ -150,13 +152,13 @@ class RunFolder:
         return self.path / "checkpoint" / f"base-{phase}.safetensors"
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines to one of the ``RECORDS``."""
+        """Add lines to one of the ``RECORDS``, or to the ``SUMS``."""
         path = self.path / f"{name}.jsonl"
         with _writing(path), path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Return the lines of one of the ``RECORDS``; an unfinished last line is left out. Raises ``ConfigError`` for any other damage."""
+        """Return the lines of such a file; an unfinished last one is left out. Raises ``ConfigError`` for any other damage."""
         path = self.path / f"{name}.jsonl"
         if not path.exists():
             return []
@@ -166,10 +168,14 @@ class RunFolder:
             raise ConfigError(str(path), f"cannot be read ({error})", "one JSON object in every line") from None
 
     def rewind(self, rounds: int, unjudged: bool = False) -> None:
-        """Drop what was noted after round ``rounds``: those rounds will be played again. Its own record goes where it is ``unjudged``."""
-        for path in (self.path / f"{name}.jsonl" for name in RECORDS):
+        """Drop what was noted after round ``rounds``, but for sums: those rounds will be played again.
+
+        Its own record goes where it is ``unjudged``.
+        """
+        for path in (self.path / f"{name}.jsonl" for name in (*RECORDS, SUMS)):
             if path.exists():
-                kept = [line for line in self.lines(path.stem) if line["round"] <= rounds - (unjudged and path.stem == "metrics")]
+                last = inf if path.stem == SUMS else rounds - (unjudged and path.stem == "metrics")
+                kept = [line for line in self.lines(path.stem) if line["round"] <= last]
                 _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

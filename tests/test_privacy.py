@@ -1,6 +1,7 @@
 """The bound holds, the noise has the size that it should have, and epsilon is what theory says."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,14 +70,16 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
 def test_epsilon_is_a_near_bound_of_the_exact_one(multiplier: float, rounds: int) -> None:
     """T rounds of all clients are one Gaussian mechanism whose noise is divided by sqrt(T); a client moves the sum by 2 x clip."""
     exact = gaussian_epsilon(multiplier / 2 / math.sqrt(rounds), 1e-5)
-    told = privacy.epsilon(multiplier, 1e-5, 50, 50, rounds)
+    told = privacy.epsilon(multiplier, 1e-5, {(50, 50): rounds})
     assert exact <= told <= 1.2 * exact
 
 
 def test_epsilon_grows_with_rounds_and_shrinks_with_noise_and_sampling() -> None:
-    rounds = [privacy.epsilon(4.0, 1e-5, 100, 10, rounds) for rounds in (1, 2, 50)]
-    assert rounds[0] < rounds[1] < rounds[2] < privacy.epsilon(4.0, 1e-5, 100, 100, 50)
-    assert privacy.epsilon(8.0, 1e-5, 100, 10, 50) < rounds[2] < privacy.epsilon(4.0, 1e-7, 100, 10, 50)
+    rounds = [privacy.epsilon(4.0, 1e-5, {(100, 10): rounds}) for rounds in (1, 2, 50)]
+    assert rounds[0] < rounds[1] < rounds[2] < privacy.epsilon(4.0, 1e-5, {(100, 100): 50})
+    assert privacy.epsilon(8.0, 1e-5, {(100, 10): 50}) < rounds[2] < privacy.epsilon(4.0, 1e-7, {(100, 10): 50})
+    mixed = privacy.epsilon(4.0, 1e-5, {(100, 10): 25, (50, 10): 25})
+    assert rounds[2] < mixed < privacy.epsilon(4.0, 1e-5, {(50, 10): 50}), "of fewer clients each is drawn more often"
 
 
 @pytest.mark.parametrize("overrides", [NOISY, DISTRIBUTED], ids=["central", "distributed"])
@@ -85,11 +88,25 @@ def test_a_run_tells_what_was_spent_and_repeats(overrides: tuple[str, ...], tmp_
     run(broken.path, resume=True)
     assert same(straight, broken)
     spent = [line["privacy"] for line in metrics(straight)]
-    assert [one["epsilon"] for one in spent] == [privacy.epsilon(1.5, 1e-5, 6, 3, number) for number in range(1, 5)]
+    assert [one["epsilon"] for one in spent] == [privacy.epsilon(1.5, 1e-5, {(6, 3): number}) for number in range(1, 5)]
     assert all(one["epsilon"] < one["epsilon_unsampled"] for one in spent) and straight.summary()["privacy"] == spent[-1]
     assert not [fault for check in CHECKS.values() for fault in check(Run(straight)) or ()]
     page = page_of([straight.path], tmp_path / "report", Options()).with_suffix(".md").read_text()
     assert "## Differential privacy" in page and f"| {spent[-1]['epsilon']:.4g} |" in page
+
+
+def test_clients_that_are_missing_and_rounds_that_are_played_again_are_accounted_for(tmp_path: Path) -> None:
+    """From round 2 on 3 of 4 clients are drawn in place of 3 of 6; round 3 is played twice, with other noise."""
+    folder = run(tmp_path / "run", *SHORT, *NOISY, "privacy.seeded=false", "clients.away={0: [2], 5: [2]}", stop_after=2)
+    checkpoint = folder.path / "checkpoint"
+    shutil.copytree(checkpoint, tmp_path / "second")
+    run(folder.path, resume=True, stop_after=3)
+    shutil.rmtree(checkpoint)
+    shutil.copytree(tmp_path / "second", checkpoint)  # as if the machine had failed before the third was on the disk
+    run(folder.path, resume=True)
+    spent = [line["privacy"]["epsilon"] for line in metrics(folder)]
+    assert spent == [privacy.epsilon(1.5, 1e-5, {(6, 3): 1, (4, 3): later}) for later in (0, 1, 3, 4)]
+    assert spent[-1] > privacy.epsilon(1.5, 1e-5, {(6, 3): 5})
 
 
 @pytest.mark.parametrize("overrides", [NOISY, DISTRIBUTED], ids=["central", "distributed"])
@@ -117,6 +134,7 @@ def test_the_mean_carries_the_noise_of_the_sum(overrides: tuple[str, ...], tmp_p
         ("server.weighting", [*NOISY, "server.weighting=examples"]),
         ("privacy.noise_multiplier", [*NOISY, "comm.wire.topk=0.1", "comm.wire.indices=gap"]),
         ("privacy.noise_multiplier", [*NOISY, "comm.wire.up_values=int8"]),
+        ("server.aggregate", [*NOISY, "server.aggregate=median"]),
         ("privacy.noise_multiplier", [*NOISY, "method.lowrank.rule=svd"]),
         ("method.sparse.mask", [*NOISY, "method.sparse.mask=gradient"]),
     ],

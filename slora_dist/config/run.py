@@ -142,6 +142,9 @@ class Config(Section):
             raise ConfigError(
                 "server.weighting", "examples: a client's weight would not be bounded", "uniform, with privacy.noise_multiplier"
             )
+        if self.server.aggregate != "mean":
+            problem = f"{self.server.aggregate} with privacy.noise_multiplier, whose noise is measured for a sum"
+            raise ConfigError("server.aggregate", problem, "mean; or privacy.noise_multiplier 0")
         if (self.comm.wire.up, self.comm.wire.topk) != ("float32", None) or not self._needs_sums_only:
             problem = "noise on sums, where updates are changed after they were clipped, or looked at one by one"
             raise ConfigError("privacy.noise_multiplier", problem, f"0; or float32 uploads without topk and rules {', '.join(SUMMED)}")

@@ -24,11 +24,11 @@ from slora_dist.export import Result
 from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
 from slora_dist.log import say
-from slora_dist.roundplan import RoundPlan, plan_round
+from slora_dist.roundplan import RoundPlan, plan_round, present
 from slora_dist.rounds import move, phases, scores, training
 from slora_dist.rounds.healing import heal, missing
 from slora_dist.rounds.seat import Seat
-from slora_dist.runfolder import Checkpoint
+from slora_dist.runfolder import SUMS, Checkpoint
 from slora_dist.stage import Stage
 from slora_dist.upload import Received, Upload
 from slora_dist.wire import HEADER_BYTES, Header
@@ -121,7 +121,7 @@ class Session:
             record["missing"] = missing(self.seat, number)
         record |= self._judge(stage, number, received)
         if received:
-            record["privacy"] = privacy.spent(self.config, number)
+            record["privacy"] = privacy.spent(self.config, self.folder.lines(SUMS))
             if self._due(stage, number) == "overlap":
                 self._unjudged = record
             nbytes = (down + folded, HEADER_BYTES + stage.exchange.up(number).wires.up.nbytes)
@@ -215,10 +215,15 @@ class Session:
             yield header, delta_N
 
     def _hide(self, number: int, received: Received) -> None:
-        """Add central noise to the mean: that of the sum, divided as the sum was."""
-        if self.config.privacy.noise_multiplier and self.config.privacy.noise == "central":
+        """Note that a sum was taken, and add central noise to the mean: that of the sum, divided as the sum was."""
+        if not self.config.privacy.noise_multiplier:
+            return
+        here = present(self.config, number, self.comm.size, self.comm.members)
+        self.folder.append(SUMS, [{"round": number, "present": len(here), "drawn": len(received.headers)}])
+        if self.config.privacy.noise == "central":
             noise_N = privacy.noise(self.config, received.mean_N.numel(), 1.0, number, 0)
-            received.mean_N.add_(noise_N, alpha=1 / sum(not header.reason for header in received.headers))
+            refused = sum(header.client in received.left_out and not header.reason for header in received.headers)
+            received.mean_N.add_(noise_N, alpha=1 / (len(received.headers) - refused))  # who is left out for a reason counts, with zeros
 
     def _due(self, stage: Stage, number: int) -> str | None:
         """Return how round ``number`` is judged, or None when it is not. A phase ends with its score; alone nothing overlaps."""
