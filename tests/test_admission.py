@@ -195,14 +195,14 @@ SAID = {  # by rank 0 and by the one that is refused
 }
 
 
-def launched(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launched(launcher: str, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     beside = Path(sys.executable).with_name("mpiexec")
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if launcher == "mpiexec" and mpiexec is None:
         assert os.environ.get("CI") != "true", "CI must have an MPI: pip install 'slora-dist[mpi]'"
         pytest.skip("no mpiexec: pip install 'slora-dist[mpi]'")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    start = torchrun if launcher == "torchrun" else [str(mpiexec), "-n", "2", sys.executable, "-m"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    start = torchrun if launcher == "torchrun" else [str(mpiexec), "-n", str(ranks), sys.executable, "-m"]
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
     command = [*start, "tests.impostor", *arguments]
     return subprocess.run(command, cwd=ROOT, env=os.environ | as_root | HELD, capture_output=True, text=True, timeout=150, check=False)
@@ -233,10 +233,12 @@ def test_a_rank_that_says_nothing_holds_nobody_up(launcher: str, tmp_path: Path)
 
 
 @pytest.mark.launcher
-def test_a_launched_job_that_holds_together_is_played_and_audited(tmp_path: Path) -> None:
-    short = ["method.sparse.rounds=1", "method.lowrank.rounds=1", "clients.epochs=1", "data.limit=60"]
-    asked = [*short, "comm.secret=required", "comm.encrypt=true"]
-    ended = launched("torchrun", "nobody", "1", "train", str(TINY), *asked, "--out", str(tmp_path / "run"))
+@pytest.mark.parametrize(("launcher", "ranks", "summed"), [("torchrun", 2, "float"), ("mpiexec", 3, "exact")])
+def test_a_launched_job_that_holds_together_is_played_and_audited(launcher: str, ranks: int, summed: str, tmp_path: Path) -> None:
+    """Sealed, and over MPI masked, too: with the bits of a world of one in the clear."""
+    short = ["method.sparse.rounds=1", "method.lowrank.rounds=1", "clients.epochs=1", "data.limit=60", f"comm.sum={summed}"]
+    asked = [*short, "comm.secret=required", "comm.encrypt=true", f"comm.secure={summed == 'exact'}"]
+    ended = launched(launcher, "nobody", "1", "train", str(TINY), *asked, "--out", str(tmp_path / "run"), ranks=ranks)
     assert ended.returncode == 0, ended.stderr[-3000:]
     audited = subprocess.run([sys.executable, "-m", "slora_dist", "audit", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
     assert audited.returncode == 0, audited.stdout
