@@ -42,7 +42,7 @@ def rehearse(config: Config, comm: Communicator, device: torch.device) -> dict[s
 def _short(config: Config) -> Config:
     tree = config.model_dump()
     tree["network"]["mode"] = "off"
-    tree["comm"]["encrypt"] = False
+    tree["comm"]["encrypt"] = False  # the communicator seals already
     tree["server"]["eval_every"] = tree["clients"]["eval_every"] = 0
     tree["data"]["test_limit"] = min(TEST_DOCUMENTS, config.data.test_limit or TEST_DOCUMENTS)
     for phase in [*(tree["method"][kind] for kind in ("sparse", "dense", "lowrank")), *tree["method"]["phases"]]:

@@ -25,6 +25,7 @@ from slora_dist.agreement import gather_bytes
 from slora_dist.calibrate import rehearse
 from slora_dist.comm.base import Communicator
 from slora_dist.comm.metered import Metered
+from slora_dist.comm.sealed import Sealed
 from slora_dist.config import Config
 from slora_dist.ledger import Label, Ledger
 from slora_dist.world import World
@@ -39,7 +40,10 @@ Row = dict[str, Any]
 def examine(
     comm: Communicator, world: World, environ: Mapping[str, str], device: torch.device, config: Config | None = None
 ) -> dict[str, Any] | None:
-    """Return all findings on rank 0, None elsewhere; every rank must call it. With a ``config`` its local work is measured too."""
+    """Return all findings on rank 0, None elsewhere; every rank must call it.
+
+    With a ``config`` its local work is measured too, and with ``comm.encrypt`` the verbs of a sealed ``comm``, which has no sums.
+    """
     about = {"rank": comm.rank, "host": socket.gethostname(), "address": _own_address(environ), "device": str(device), "cores": _cores()}
     label = Label("doctor", 0, "control", {"about": 0})
     ranks = [json.loads(text) for text in gather_bytes(Metered(comm, Ledger(comm.rank)), json.dumps(about).encode(), label).values()]
@@ -93,11 +97,8 @@ def _verbs(comm: Communicator) -> dict[str, Callable[[torch.Tensor], None]]:
         for _ in comm.gather([wire_B], range(comm.size), wire_B.numel()):
             pass
 
-    return {
-        "broadcast": comm.broadcast,
-        "gather": gather,
-        "reduce": lambda wire_B: comm.reduce(wire_B.view(torch.float32)),
-    }
+    verbs: dict[str, Callable[[torch.Tensor], None]] = {"broadcast": comm.broadcast, "gather": gather}
+    return verbs if isinstance(comm, Sealed) else verbs | {"reduce": lambda wire_B: comm.reduce(wire_B.view(torch.float32))}
 
 
 def _measure(comm: Communicator, name: str, call: Callable[[torch.Tensor], None]) -> list[Row]:

@@ -18,13 +18,11 @@ from slora_dist import fixed
 from slora_dist.agreement import tell
 from slora_dist.comm.metered import Metered
 from slora_dist.errors import RunError
-from slora_dist.fixed import Fixed
+from slora_dist.fixed import SCALE_BYTES, Fixed
 from slora_dist.ledger import Label
 from slora_dist.secure import KEY_BYTES, Masker
 from slora_dist.upload import Received, Updates, Upload, left_out
 from slora_dist.wire import HEADER_BYTES, Body, Header, as_bytes, frame
-
-SCALE_BYTES = 8
 
 
 def exact(comm: Metered, upload: Upload, updates: Updates, collective: str, secure: bool) -> Received | None:

@@ -16,6 +16,7 @@ from slora_dist.config import SumBits
 from slora_dist.support import Support
 
 INTEGERS: dict[SumBits, torch.dtype] = {32: torch.int32, 64: torch.int64}
+SCALE_BYTES = 8  # of a client's magnitude, and of the scale
 _LEAST = -1000  # exponent of a scale that float64 still divides by
 
 

@@ -180,10 +180,20 @@ class Exchange:
     uploaded: float
 
 
-def play(routing: Routing, links: Sequence[Link], nbytes: tuple[int, int], train: Sequence[float]) -> list[Exchange]:
-    """Return every client's round. ``nbytes`` is the message down and up, ``train`` each client's seconds of training."""
+def play(
+    routing: Routing, links: Sequence[Link], nbytes: tuple[int, int], train: Sequence[float], agreed: Sequence[tuple[int, int]] = ()
+) -> list[Exchange]:
+    """Return every client's round. ``nbytes`` is the message down and up, ``train`` each client's seconds of training.
+
+    ``agreed`` are the bytes (up, down) of what all clients exchange with rank 0 between training and upload, one after the other.
+    """
     root, *passed = routing.down(links, nbytes[0])
     trained = [one.through + spent for one, spent in zip(passed, train, strict=True)]
     ready = [max(end, one.free) for end, one in zip(trained, passed, strict=True)]
-    uploaded = routing.up(links, ready, [nbytes[1]] * len(links), root.through)
+    asked = root.through
+    for up, down in agreed:
+        told = max(routing.up(links, ready, [up] * len(links), asked))
+        root, *heard = routing.down(links, down)
+        ready, asked = [told + one.through for one in heard], told + root.through
+    uploaded = routing.up(links, ready, [nbytes[1]] * len(links), asked)
     return [Exchange(one.through, *ends) for one, *ends in zip(passed, trained, uploaded, strict=True)]

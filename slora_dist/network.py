@@ -1,6 +1,7 @@
 """The emulated network of a run: which link each client has, and what a round takes on these links."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import inf
 
 import numpy as np
@@ -10,8 +11,10 @@ from slora_dist.comm.shaped import Shaped
 from slora_dist.config import Config, LinkConfig
 from slora_dist.data.permutation import permutation
 from slora_dist.errors import ConfigError
+from slora_dist.fixed import SCALE_BYTES
 from slora_dist.links import Collective, Direct, Link, Routing, play, receives
 from slora_dist.roundplan import RoundPlan
+from slora_dist.secure import KEY_BYTES
 from slora_dist.seeding import derive
 
 
@@ -37,6 +40,12 @@ def parts(nbytes: int) -> list[int]:
     return receives(nbytes, BUCKET)
 
 
+def agreements(config: Config, clients: int) -> dict[str, tuple[int, int]]:
+    """Return what ``clients`` of a round exchange when all have trained and before an update leaves: {kind: bytes of one up, down}."""
+    found = {"scale": (SCALE_BYTES, SCALE_BYTES)} if config.comm.sum == "exact" else {}
+    return found | ({"key": (KEY_BYTES, KEY_BYTES * clients)} if config.comm.secure else {})
+
+
 def check_network(config: Config, size: int) -> None:
     """Raise ``ConfigError`` where real messages cannot stand for those of the clients: with several clients on a rank they would queue."""
     if config.network.mode == "sleep" and size <= config.sampled:
@@ -49,7 +58,7 @@ class Network:
 
     def __init__(self, config: Config, shaped: Shaped | None) -> None:
         self.settings, self._seed, self._shaped = config.network, config.run.seed, shaped
-        self._links, self._routing = links(config), routing(config)
+        self._links, self._routing, self._agreements = links(config), routing(config), partial(agreements, config)
 
     def begin(self, plan: RoundPlan, number: int) -> None:
         """Put each rank behind the link of the client that it plays in round ``number``."""
@@ -68,7 +77,7 @@ class Network:
         if self.settings.mode == "off":
             return None
         own = [self._at(client, number) for client in plan.clients]
-        rounds = play(self._routing, own, nbytes, train)
+        rounds = play(self._routing, own, nbytes, train, list(self._agreements(len(own)).values()))
         last = max(rounds, key=lambda one: one.uploaded)
         return {
             "seconds": last.uploaded + server,

@@ -11,6 +11,7 @@ from slora_dist.config import Config, DensePhase
 from slora_dist.exchange import Exchange
 from slora_dist.ledger import Direction
 from slora_dist.model import Classifier
+from slora_dist.network import agreements
 from slora_dist.roundplan import present
 from slora_dist.wire import HEADER_BYTES, Wires
 
@@ -18,6 +19,7 @@ from slora_dist.wire import HEADER_BYTES, Wires
 def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[str, Any]:
     """Return the plan of a run: per phase the trainable parameters and the bytes of a message, and the sums over all rounds and clients.
 
+    The bytes of control are those of the clients: headers, scores, and for exact sums their magnitudes and keys.
     ``minutes`` are those of one client that takes part in every round, on a link of each of ``mbit`` Mbit/s in both directions.
     """
     phases, previous = list[dict[str, Any]](), None
@@ -32,7 +34,10 @@ def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[
     sums = {way: sum(entry[way] for entry in by_phase.values()) for way in ("up", "down")}
     full = full_finetuning(config, classifier)
     rounds, chosen = sum(phase["rounds"] for phase in phases), sum(bool(phase["selection_bytes"]["up"]) for phase in phases)
-    control = HEADER_BYTES * config.sampled * (rounds + chosen) + sum(sum(phase["evaluation_bytes"].values()) for phase in phases)
+    agreed = sum(up + (down if kind == "key" else 0) for kind, (up, down) in agreements(config, config.sampled).items())
+    control = config.sampled * (HEADER_BYTES * (rounds + chosen) + agreed * rounds) + sum(
+        sum(phase["evaluation_bytes"].values()) for phase in phases
+    )
     return {
         "parameters": parameters,
         "clients": {"count": config.clients.count, "per_round": config.sampled},

@@ -17,7 +17,7 @@ from slora_dist.config import Config
 from slora_dist.errors import ConfigError
 from slora_dist.links import Passed, passed_on, read_in_order
 from slora_dist.model import Classifier
-from slora_dist.network import Network, parts
+from slora_dist.network import Network, agreements, parts
 from slora_dist.plan import exchanges
 from slora_dist.roundplan import RoundPlan, plan_round
 from slora_dist.wire import HEADER_BYTES
@@ -83,13 +83,17 @@ def _measured(
     root, *_ = ranks = verbs.passed(down)
     passed = [ranks[rank] for rank in plan.ranks]
     ready = [one.through + spent for one, spent in zip(passed, trained, strict=True)]
+    through, agreed = root.through, agreements(config, len(plan.clients)).values()
+    starts = [max(end, one.free) for end, one in zip(ready, passed, strict=True)]
+    if agreed:  # all have trained before the first update leaves
+        through = max(ready) + sum(verbs.seconds("gather", up) + verbs.seconds("broadcast", down) for up, down in agreed)
+        starts = [through] * len(starts)
     if config.comm.collective == "reduce":
-        ends = [max(ready) + verbs.seconds("reduce", up)] * len(ready)
+        ends = [max(through, *ready) + verbs.seconds("reduce", up)] * len(ready)
     else:
         size = HEADER_BYTES + up
         message = [verbs.message(size) * part / size for part in parts(size)]
-        starts = [max(end, one.free) for end, one in zip(ready, passed, strict=True)]
-        ends = read_in_order(starts, [message] * len(starts), root.through)
+        ends = read_in_order(starts, [message] * len(starts), through)
     last = max(range(len(ends)), key=lambda at: (ends[at], ready[at]))
     told = {"broadcast": passed[last].through, "train": trained[last], "upload": ends[last] - ready[last]}
     return told | {"control": verbs.seconds("gather", NOTES_BYTES)}

@@ -7,6 +7,7 @@ import torch
 
 from slora_dist import doctor
 from slora_dist.comm.alone import Alone
+from slora_dist.comm.sealed import Sealed
 from slora_dist.world import World
 
 HEALTHY: dict[str, Any] = {
@@ -24,6 +25,11 @@ def test_a_world_of_one_is_examined_and_told_how_to_measure_more() -> None:
     }
     assert found["versions"]["torch"] == torch.__version__
     assert any("torchrun --standalone" in line for line in found["advice"])
+
+
+def test_sealed_verbs_are_measured_and_sums_are_none_of_them() -> None:
+    found = doctor.examine(Sealed(Alone(), bytes(32)), World(0, 1, 0, 1, None, "alone"), {}, torch.device("cpu"))
+    assert found and {row["verb"] for row in found["verbs"]} == {"broadcast", "gather"}
 
 
 def test_nothing_to_mend() -> None:

@@ -18,10 +18,13 @@ from slora_dist.comm.base import Communicator
 from slora_dist.comm.metered import Metered
 from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.config import SumBits
+from slora_dist.data.federation import class_names
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.exactsum import exact
 from slora_dist.fixed import Fixed
 from slora_dist.ledger import Label, Ledger
+from slora_dist.model import shell
+from slora_dist.plan import plan
 from slora_dist.support import Slot, Support
 from slora_dist.upload import Received, Upload
 from slora_dist.wire import Header
@@ -119,6 +122,14 @@ def test_a_run_ends_in_the_same_bits_masked_or_not(tmp_path: Path) -> None:
     assert same(plain, masked)
     ledgers = [{line["kind"]: line for line in folder.lines("ledger") if line["round"] == 4} for folder in (plain, masked)]
     assert set(ledgers[1]) - set(ledgers[0]) == {"key"}, "only the keys come on top"
+    for folder in (plain, masked):
+        told = [
+            line
+            for line in folder.lines("ledger")
+            if line["kind"] in ("header", "key") or (line["op"], line["kind"]) == ("gather", "scale")
+        ]
+        planned = plan(folder.config(), shell(folder.config().model, class_names(folder.config())), [])
+        assert planned["payload_bytes"]["control"] == sum(line["payload_bytes"] for line in told)
 
 
 @pytest.mark.parametrize(

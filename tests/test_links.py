@@ -112,6 +112,15 @@ def test_ranks_behind_alike_links_queue_at_rank_0() -> None:
     assert [one.uploaded for one in rounds] == pytest.approx([4 * ONE + 1, 4 * ONE + 1, 5 * ONE + 1]), "rank 2 was ready first"
 
 
+def test_what_is_agreed_on_before_an_upload_waits_for_the_last_and_goes_there_and_back() -> None:
+    links, sizes = [Link(8.0, 16.0, 0.1), Link(8.0, 16.0, 0.2)], (MEGABYTE, MEGABYTE)
+    plain, agreed = (play(Direct(inf), links, sizes, [3.0, 5.0], exchanges) for exchanges in ([], [(0, 0), (0, MEGABYTE)]))
+    trained = max(one.trained for one in plain)
+    assert [one.trained for one in agreed] == [one.trained for one in plain]
+    told = trained + 0.2 + 0.2 + 0.2  # both have the first answer when the second link has carried it, and ask again
+    assert [one.uploaded for one in agreed] == pytest.approx([told + ONE / 2 + 0.2 + ONE, told + ONE / 2 + 0.4 + ONE])
+
+
 MEASURED = {  # Mbit/s: {kB: seconds of a broadcast, 0.05 s of training and a gather}, 4 ranks on shaped hosts, means of two
     10: {250: 1.039, 500: 2.026, 1000: 4.124, 1500: 6.265, 2500: 10.437, 5000: 24.687},
     100: {250: 0.142, 500: 0.236, 1000: 0.440, 1500: 0.673, 2500: 1.095, 5000: 2.444},

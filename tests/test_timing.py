@@ -74,6 +74,16 @@ def test_a_reduce_is_told_as_one() -> None:
     assert predict(config, classifier, machine(dense=LOCAL))["dense"]["upload"] == pytest.approx(2 * (0.5 + nbytes * BYTE))
 
 
+def test_an_exact_sum_waits_for_all_and_agrees_first() -> None:
+    """All have trained when the scale is agreed on, then the keys; then rank 0 reads three messages."""
+    config, classifier, nbytes = fft("comm.sum=exact", "comm.secure=true")
+    parts = predict(config, classifier, machine(dense=LOCAL))["dense"]
+    agreed = sum(3 * (0.5 + count * BYTE) for count in (8, 8, 32, 96))
+    assert parts["upload"] == pytest.approx(agreed + 3 * (0.5 + (nbytes + HEADER_BYTES) * BYTE), rel=1e-5)
+    summed, _, _ = fft("comm.sum=exact", "comm.secure=true", "comm.collective=reduce")
+    assert predict(summed, classifier, machine(dense=LOCAL))["dense"]["upload"] == pytest.approx(agreed + 2 * (0.5 + nbytes * BYTE))
+
+
 def test_emulated_links_stand_in_place_of_the_measured_verbs() -> None:
     config, classifier, nbytes = fft("network.mode=virtual", "network.up_mbit=1", "network.down_mbit=8")
     parts = predict(config, classifier, machine(dense=LOCAL))["dense"]

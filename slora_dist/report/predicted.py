@@ -8,6 +8,7 @@ from slora_dist import personal
 from slora_dist.report.read import Line, Run
 
 PARTS = ("broadcast", "train", "upload", "server", "control", "round")
+AGREED = ("scale", "key")  # kinds of what clients exchange before an update of an exact sum leaves
 Parts = dict[str, float]  # mean seconds of a round, by PARTS
 
 
@@ -47,10 +48,10 @@ def _round(run: Run, record: Line) -> Parts:
     alone = run.world["size"] == 1
     besides = ("communicate", "evaluate", "overlapped", *(["train"] if alone else []))
     lines = [line for line in run.ledger if line["round"] == record["round"]]
-    notes = [line for line in lines if line["direction"] == "control" and line["kind"] not in personal.KINDS]
+    notes = [line for line in lines if line["direction"] == "control" and line["kind"] not in (*personal.KINDS, *AGREED)]
     spans = [line for line in run.timeline if line["round"] == record["round"] and line["what"] == "train"]
     train = max(_by_rank(spans, 0).values(), default=0.0)
-    upload = sum(line["seconds"] for line in lines if line["direction"] == "up" and line["rank"] == 0)
+    upload = sum(line["seconds"] for line in lines if (line["direction"] == "up" or line["kind"] in AGREED) and line["rank"] == 0)
     return {
         "broadcast": max(_by_rank((line for line in lines if line["direction"] == "down"), 1).values(), default=0.0),
         "train": train,
