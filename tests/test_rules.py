@@ -4,18 +4,23 @@ Legend: N coordinates, K clients, O/I out/in features, R rank.
 """
 
 import math
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from slora_dist.aggregate import rules
 from slora_dist.aggregate.factors import Pair, restart
 from slora_dist.aggregate.mean import Kept
 from slora_dist.aggregate.server import Server
+from slora_dist.cli import main
 from slora_dist.config import LowrankPhase, Rule, ServerConfig
+from slora_dist.rounds import training
 from slora_dist.support import Slot, Support
+from tests.tiny import run
 
 SHAPES = {"tall": (13, 7), "wide": (5, 12)}
 EXAMPLES = (7.0, 1.0, 2.0, 5.0)
@@ -143,3 +148,30 @@ def test_what_a_round_does_not_train_does_not_move() -> None:
     for pair in ffa.pairs:
         assert torch.equal(ffa.played()[pair.a], ffa.start_N[pair.a]) and not torch.equal(ffa.played()[pair.b], ffa.start_N[pair.b])
         assert torch.equal(turn.played()[pair.b], turn.start_N[pair.b]) and not torch.equal(turn.played()[pair.a], turn.start_N[pair.a])
+
+
+@pytest.mark.parametrize("head", ["[classifier]", "[]"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in INEXACT])
+def test_a_round_of_a_run_ends_in_the_mean_of_its_clients_weights(
+    rule: Rule, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, trained_K = "bert.encoder.layer.0.attention.self.query", list[tuple[int, Tensor]]()
+    update = training.update
+
+    def watched(seat: Any, stage: Any, number: int, client: int) -> Any:
+        header, sent_n = update(seat, stage, number, client)
+        if number == 3:
+            offset_N = stage.held_N + stage.exchange.up(number).part.spread(sent_n, stage.coordinates.numel)
+            stage.coordinates.write(seat.net, stage.reference_N + offset_N)
+            module = seat.net.get_submodule(layer)
+            trained_K.append((header.num_examples, (module.base_layer.weight + module.get_delta_weight("default")).detach()))
+        return header, sent_n
+
+    monkeypatch.setattr(training, "update", watched)
+    lowrank = "method.lowrank={rounds: 3, rank: 64, alpha: 128, lr: 0.01, targets: attention, rule: RULE}".replace("RULE", rule)
+    run(tmp_path / "run", "method.name=lora", lowrank, f"model.head={head}", "server.weighting=examples", "clients.per_round=3")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "merged"), "--merge"]) == 0
+    total = sum(examples for examples, _ in trained_K)
+    mean = sum((examples / total) * weight for examples, weight in trained_K)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{layer}.weight"]
+    assert len(trained_K) == 3 and torch.allclose(merged, mean, atol=1e-5), float((merged - mean).abs().max())

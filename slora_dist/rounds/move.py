@@ -37,14 +37,15 @@ def step(seat: Seat, stage: Stage, number: int, received: Received) -> dict[str,
     """Move rank 0's offset by a round's updates; returns what the base of each layer takes over."""
     assert stage.server
     part, numel = stage.exchange.up(number).part, stage.coordinates.numel
+    weights, update_Kn = received.kept.sound() if isinstance(stage.phase, LowrankPhase) and received.kept else ([], [])
+    # before the step: what rank 0 holds as a client may be the very vector that moves
+    value_KN = [stage.held_N + part.spread(update_n, numel) for update_n in update_Kn]
     stage.server.step(part.spread(received.mean_N[: part.support.numel], numel))
     if stage.exchange.variates:
         taking_part = (len(received.headers) - len(received.left_out)) / seat.config.clients.count
         stage.server.variate_n.add_(received.mean_N[part.support.numel :], alpha=taking_part)
     if not isinstance(stage.phase, LowrankPhase):
         return {}
-    weights, update_Kn = received.kept.sound() if received.kept else ([], [])
-    value_KN = [stage.held_N + part.spread(update_n, numel) for update_n in update_Kn]
     clients = Clients(stage.phase, stage.server.offset_N, value_KN, [weight / sum(weights) for weight in weights])
     offset_N, folds = rules.combine(stage.pairs, clients)
     if stage.exchange.behaviour.restarts:
