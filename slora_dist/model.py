@@ -56,7 +56,8 @@ def load(config: ModelConfig, names: Sequence[str], seed: int) -> Classifier:
             net, info = _read(config, settings)
             missing = set(info["missing_keys"])
     head = _head(net, config)
-    complete = missing is not None and all(key.startswith(tuple(f"{module}." for module in head)) for key in missing)
+    # whoever loads the base by its name gets it as it is: a network that other settings have changed is saved
+    complete = missing is not None and not config.config and all(key.startswith(tuple(f"{module}." for module in head)) for key in missing)
     return Classifier(net, head, resolve(config.name, "models") if complete and config.name else None, config.task)
 
 

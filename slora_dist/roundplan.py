@@ -39,8 +39,7 @@ def lost(config: Config, size: int, members: Sequence[int]) -> set[int]:
 
 def absent(config: Config, number: int, size: int, members: Sequence[int]) -> set[int]:
     """Return the clients that are not there in round ``number``: those of ranks that have died, and those that are away as planned."""
-    away = {client for client, (first, *last) in config.clients.away.items() if first <= number and (not last or number <= last[0])}
-    return lost(config, size, members) | away
+    return lost(config, size, members) | config.clients.away_in(number)
 
 
 def present(config: Config, number: int, size: int, members: Sequence[int]) -> list[int]:

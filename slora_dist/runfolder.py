@@ -100,9 +100,12 @@ class RunFolder:
 
     def wait(self) -> None:
         """Return when the last checkpoint is written."""
-        writing, self._writing = self._writing, None
-        if writing:
-            writing.result()
+        if self._writing:
+            try:
+                self._writing.result()  # a signal may come in the middle of this, and `finish` then still has to wait
+            finally:
+                if self._writing.done():
+                    self._writing = None
 
     def finish(self) -> None:
         """Return when no checkpoint is being written any more, however that ended, or after ``FINISH_SECONDS``."""

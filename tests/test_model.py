@@ -162,6 +162,11 @@ def test_a_folder_is_loaded_bit_for_bit_and_only_a_new_head_is_drawn(tmp_path: P
     assert loaded.source == str(tmp_path / "backbone"), "plain transformers can load the base from there"
 
 
+def test_a_network_that_settings_have_changed_is_no_source(tmp_path: Path) -> None:
+    build("bert").net.base_model.save_pretrained(tmp_path / "m")  # type: ignore[union-attr, operator]
+    assert model.load(ModelConfig(name=str(tmp_path / "m"), config={"num_hidden_layers": 1}), NAMES, seed=5).source is None
+
+
 def test_a_backbone_that_lacks_weights_is_no_source(tmp_path: Path) -> None:
     net = build("bert").net
     kept = {name: weights for name, weights in net.state_dict().items() if "pooler" not in name}

@@ -138,6 +138,14 @@ def test_a_run_names_the_client_that_sends_garbage(
     assert "round 2: client 1 is distrusted: its " in capsys.readouterr().err
 
 
+def test_a_round_with_too_few_updates_for_its_aggregate_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(monkeypatch, float("nan"))
+    run(tmp_path / "run", *SHORT, "clients.count=3", "clients.per_round=3", "server.aggregate=trimmed_mean", "server.hostile=1")
+    assert "round 1 has 2 updates, too few for trimmed_mean to bear 1 hostile ones: that takes 3" in capsys.readouterr().err
+
+
 def test_when_all_are_left_out_the_run_ends_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     spoil(monkeypatch, float("nan"), everybody=True)
     with pytest.raises(RunError, match=r"no client has an update: not finite"):
@@ -149,6 +157,9 @@ def test_when_all_are_left_out_the_run_ends_and_says_so(monkeypatch: pytest.Monk
     [
         ("comm.collective", ("server.aggregate=median", "comm.collective=reduce")),
         ("server.hostile", ("server.aggregate=krum", "server.hostile=1", "clients.per_round=4")),
+        ("clients.away", ("server.aggregate=krum", "server.hostile=1", "clients.per_round=5", "clients.away={0: [2, 3], 1: [3]}")),
+        ("clients.away", ("clients.away={0: [1], 1: [1], 2: [1], 3: [1], 4: [1], 5: [8]}",)),
+        ("clients.away", ("comm.sum=exact", "comm.secure=true", "clients.away={0: [1], 1: [1], 2: [1], 3: [1], 4: [5, 6]}")),
         ("server.hostile", ("server.aggregate=trimmed_mean", "server.hostile=2", "clients.per_round=4")),
         ("server.aggregate", ("server.aggregate=median", "method.lowrank.rule=svd")),
         ("method.lowrank.rule", ("method.lowrank.rule=rolora", "server.momentum=0.5")),

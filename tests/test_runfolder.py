@@ -3,7 +3,9 @@
 import os
 import resource
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +27,28 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def checkpoint(number: int) -> Checkpoint:
     return Checkpoint({"offset": torch.full((3,), float(number)), "optimizer.step": torch.tensor(2.0)}, {"round": number, "phase": 0})
+
+
+def test_who_leaves_in_the_middle_of_waiting_waits_all_the_same(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal's handler runs where the main thread waits for the disk, and never comes back there."""
+    go, save = threading.Event(), folder.save
+
+    def slow(checkpoint: Checkpoint) -> None:
+        go.wait()
+        save(checkpoint)
+
+    def interrupted(self: Future[None]) -> None:
+        threading.Timer(0.01, go.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "save", slow)
+    folder.save_behind(checkpoint(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder.wait()
+    folder.finish()
+    assert state(folder) == 1
 
 
 def state(folder: RunFolder) -> int:

@@ -47,3 +47,7 @@ class ClientsConfig(Section):
         0, ge=0, description="Rounds between evaluations on the clients' held-out documents; 0: only after the last round."
     )
     weight_decay: NonNegative = Field(0.0, description="Weight decay of the local optimiser; it moves trainable weights only.")
+
+    def away_in(self, number: int) -> set[int]:
+        """Return the clients that are away as planned in round ``number``."""
+        return {client for client, (first, *last) in self.away.items() if first <= number and (not last or number <= last[0])}

@@ -74,10 +74,7 @@ class Config(Section):
             raise ConfigError(
                 "clients.min_clients", f"{self.clients.min_clients} of {self.clients.count} clients", f"1 to {self.clients.count}"
             )
-        for client, span in self.clients.away.items():
-            if not (0 <= client < self.clients.count and len(span) in (1, 2) and 1 <= span[0] <= span[-1]):
-                allowed = f"clients 0 to {self.clients.count - 1}, rounds [first] or [first, last] from 1"
-                raise ConfigError("clients.away", f"client {client}: {span}", allowed)
+        self._away_fits()
         if self.model.name is None and "model_type" not in self.model.config:
             raise ConfigError("model.name", "no model", "a folder or name, or `model.config` with a `model_type`")
         if self.data.partition == "natural" and not self.data.client_column and not self.client_files:
@@ -109,6 +106,18 @@ class Config(Section):
         if self.client_files and self.data.test_path is None:
             raise ConfigError("data.test_path", "missing", "a held-out file, when each client has its own file")
         return self
+
+    def _away_fits(self) -> None:
+        """Check what is planned, and that no round is left without the clients that it takes."""
+        for client, span in self.clients.away.items():
+            if not (0 <= client < self.clients.count and len(span) in (1, 2) and 1 <= span[0] <= span[-1]):
+                allowed = f"clients 0 to {self.clients.count - 1}, rounds [first] or [first, last] from 1"
+                raise ConfigError("clients.away", f"client {client}: {span}", allowed)
+        least = max(self.server.least, 2 if self.comm.secure else 1)
+        for number in range(1, 1 + sum(phase.rounds for phase in self.method.resolved())):
+            there = self.clients.count - len(self.clients.away_in(number))
+            if there < least:
+                raise ConfigError("clients.away", f"round {number} is left with {there} clients", f"{least} or more in every round")
 
     def _sum_fits(self) -> None:
         wire, exact = self.comm.wire, self.comm.sum == "exact"
@@ -171,7 +180,7 @@ class Config(Section):
             raise ConfigError("comm.collective", problem, "gather")
         if self.comm.sum == "exact":
             raise ConfigError("comm.sum", f"exact with server.aggregate {rule}, which looks at every update", "float")
-        least = {"median": 1, "trimmed_mean": 2 * hostile + 1, "krum": 2 * hostile + 3, "multi_krum": 2 * hostile + 3}[rule]
+        least = self.server.least
         if self.sampled < least:
             problem = f"{hostile} hostile of {self.sampled} clients in a round are too many for {rule}"
             raise ConfigError(

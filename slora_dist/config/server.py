@@ -39,3 +39,8 @@ class ServerConfig(Section):
         "inline",
         description="`overlap`: rank 0 judges a round's model while the others train in the next one; same scores. The last round of a phase, and a world of one, stay `inline`.",
     )
+
+    @property
+    def least(self) -> int:
+        """The updates that ``aggregate`` takes to bear ``hostile`` ones among them."""
+        return {"mean": 1, "median": 1, "trimmed_mean": 2 * self.hostile + 1}.get(self.aggregate, 2 * self.hostile + 3)

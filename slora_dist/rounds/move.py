@@ -16,6 +16,7 @@ from slora_dist.aggregate.robust import aggregate
 from slora_dist.aggregate.rules import Clients, Fold
 from slora_dist.config import LowrankPhase, ServerConfig
 from slora_dist.exchange import Message
+from slora_dist.log import say
 from slora_dist.rounds.seat import Seat
 from slora_dist.stage import Stage
 from slora_dist.upload import Received
@@ -28,6 +29,11 @@ def believe(settings: ServerConfig, received: Received) -> Received:
     assert received.kept
     refused = set(received.kept.refused)
     clients = [header.client for at, header in enumerate(received.headers) if at not in refused]
+    if len(clients) < settings.least:
+        few = (
+            f"{len(clients)} updates, too few for {settings.aggregate} to bear {settings.hostile} hostile ones: that takes {settings.least}"
+        )
+        say(0, f"round {received.headers[0].round} has {few}")
     trusted = aggregate(settings.aggregate, received.kept.sound()[1], settings.hostile)
     distrusted = {clients[at]: reason for at, reason in sorted(trusted.distrusted.items())}
     return replace(received, mean_N=trusted.mean_N, distrusted=distrusted)
