@@ -22,7 +22,7 @@ class _Wait:
     def run(self) -> None:
         try:
             self.call()
-        except RuntimeError as error:
+        except BaseException as error:  # whatever it is: it is raised where somebody waits
             self.error = self.error or error
         self.done.set()
 

@@ -8,15 +8,16 @@ from slora_dist.comm.patience import Patience
 from slora_dist.errors import TransportError
 
 
-def test_a_wait_returns_or_raises_what_it_raises() -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, SystemExit])
+def test_a_wait_returns_or_raises_what_it_raises(kind: type[BaseException]) -> None:
     patience, done = Patience(), []
     patience.wait(lambda: done.append(1))
     assert done == [1]
 
     def broken() -> None:
-        raise RuntimeError("connection closed")
+        raise kind("connection closed")
 
-    with pytest.raises(RuntimeError, match="connection closed"):
+    with pytest.raises(kind, match="connection closed"):
         patience.wait(broken)
     patience.wait(lambda: done.append(2))
     assert done == [1, 2]
