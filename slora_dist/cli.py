@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = world.rank
         return ON_RANKS[options.command](options, world)
     except ConfigError as error:
-        if rank == 0 or getattr(options, "join", False):  # what concerns all ranks rank 0 says; who joins is on its own
+        alone = getattr(options, "join", False) or error.setting == "--join"
+        if rank == 0 or alone:  # what concerns all ranks rank 0 says; who joins, or comes back without saying so, is on its own
             say(rank, f"error: {error}")
         return 2
     except RunError as error:  # ranks that do not come together, or do not leave together

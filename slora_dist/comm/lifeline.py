@@ -170,8 +170,12 @@ class RootLifeline:
             say(0, f"rank {rank} has come to join the run")
         self._hear(rank, line)
 
-    def _judge(self, rank: int, account: bytes) -> bytes | ConfigError:
-        """Return what a rank that joins gets: the session's key, or the reason why it may not."""
+    def _judge(self, rank: int, joins: bool, account: bytes) -> bytes | ConfigError:
+        """Return what a rank that joins gets: the session's key, or the reason why it may not. Without --join a rank comes to the start."""
+        if not joins and self.generation >= 0:
+            return ConfigError("--join", f"not given, and the run that rank {rank} comes to is under way", "--join for a rank that comes back")
+        if not joins:
+            return b""  # who is there from the start is asked later: see ``admission``
         if self.session is None:
             return ConfigError("--join", "the run has not begun", "a run that is under way and has lost a rank")
         if rank in self._lines:

@@ -27,7 +27,7 @@ FRAME_SECONDS = 10.0  # that a frame may take once its first byte is here
 MAX_BODY = 1 << 20
 MAX_ACCOUNT = 64 << 10  # bytes that a rank may tell of itself, before rank 0 knows it
 
-Judge = Callable[[int, bytes], bytes | ConfigError]
+Judge = Callable[[int, bool, bytes], bytes | ConfigError]
 
 _HELLO = struct.Struct("<IBI")  # rank, whether it joins a run that is under way, bytes of its account
 _ANSWER = struct.Struct("<BI")  # whether the rank is refused, bytes of the reason or of the sealed session key
@@ -106,7 +106,8 @@ def call(connection: socket.socket, secret: bytes, account: bytes, rank: int, jo
 def answer(connection: socket.socket, secret: bytes, size: int, judge: Judge) -> tuple[Line, int, bool]:
     """Make sure of a rank that calls: (its line, its number, whether it joins). Raises ``RunError`` that says why it is refused.
 
-    ``judge(rank, account)`` returns the session key for a rank that joins, or why it may not; who holds the secret is told.
+    ``judge(rank, joins, account)`` returns the session key for a rank that joins (empty for one that is there from the start), or why the
+    rank may not take part; who holds the secret is told.
     """
     connection.settimeout(HANDSHAKE_SECONDS)
     mine = secrets.token_bytes(NONCE)
@@ -120,7 +121,7 @@ def answer(connection: socket.socket, secret: bytes, size: int, judge: Judge) ->
         raise RunError("it does not hold the job's secret")
     if not 0 < rank < size:
         raise RunError(f"it calls itself rank {rank} of {size}")
-    found = judge(rank, account) if joins else b""  # who is there from the start is asked later: see ``admission``
+    found = judge(rank, bool(joins), account)
     refused = isinstance(found, ConfigError)
     told = _reason(found) if isinstance(found, ConfigError) else _wrap(secret, mine, theirs).encrypt(_ONCE, found, None) if found else b""
     head = _ANSWER.pack(refused, len(told))

@@ -140,10 +140,10 @@ def test_strangers_are_refused_and_the_job_waits_on(own: Healing, rank: int, rea
     while reason not in told:  # rank 0 may still be speaking
         told += capfd.readouterr().err
     member = RankLifeline(HOST, root.port, 1, healing(), SECONDS)
-    assert meet(root, member)[0].members == (0, 1)
     with pytest.raises((RunError, ConnectionError)):
         RankLifeline(HOST, root.port, 1, healing(), SECONDS)._line.receive()
     assert "rank 1 is here already" in capfd.readouterr().err
+    assert meet(root, member)[0].members == (0, 1)
     member.close()
     root.close()
 
@@ -161,6 +161,18 @@ def test_a_newcomer_is_told_why_it_is_refused(capfd: pytest.CaptureFixture[str])
         told = ""
         while told.count("refused a connection") < 3:  # rank 0 says so, too, when it has answered
             told += capfd.readouterr().err
+
+
+def test_a_rank_that_is_started_again_without_join_is_told_to_join() -> None:
+    """It would go through the start while the others are in the middle of the run."""
+    with world(3) as (root, ranks):
+        meet(root, *ranks.values())
+        root.session = SESSION
+        ranks[1]._line.socket.shutdown(socket.SHUT_RDWR)
+        assert meet(root, ranks[2])[0].members == (0, 2)
+        with pytest.raises(ConfigError, match="--join: not given, and the run that rank 1 comes to is under way"):
+            RankLifeline(HOST, root.port, 1, healing(), SECONDS)
+        assert root.newcomers() == []
 
 
 def test_a_rank_does_not_talk_to_a_root_without_the_secret() -> None:
