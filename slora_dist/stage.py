@@ -24,8 +24,8 @@ from slora_dist.svd import Factors
 class Stage:
     """One phase as a rank holds it: its coordinates and messages, the reference of the offsets, and on rank 0 the server's state.
 
-    ``held_N`` is the offset as clients hold it, made of all broadcasts so far, ``variate_n`` the server's control variate likewise. On rank 0
-    ``held_N`` may be the server's own vector, which is good until the server moves it.
+    ``held_N`` is the offset as clients hold it, made of all broadcasts so far, ``variate_n`` the server's control variate likewise. On
+    rank 0 ``held_N`` may be the server's own vector, which is good until the server moves it.
     """
 
     at: int

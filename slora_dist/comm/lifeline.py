@@ -171,9 +171,9 @@ class RootLifeline:
         self._hear(rank, line)
 
     def _judge(self, rank: int, joins: bool, account: bytes) -> bytes | ConfigError:
-        """Return what a rank that joins gets: the session's key, or the reason why it may not. Without --join a rank comes to the start."""
+        """Return what a rank that joins gets: the session's key, or why it may not. Who does not say so comes to the start of the run."""
         if not joins and self.generation >= 0:
-            return ConfigError("--join", f"not given, and the run that rank {rank} comes to is under way", "--join for a rank that comes back")
+            return ConfigError("--join", f"not given, and the run that rank {rank} comes to is under way", "--join")
         if not joins:
             return b""  # who is there from the start is asked later: see ``admission``
         if self.session is None:
