@@ -1,7 +1,8 @@
 """What a client keeps from round to round, on the rank that plays it and nowhere else: residuals, control variates, private weights.
 
-Each client has a folder of its own in ``RUN/clients`` with its state after each of the last two rounds in which it took part, so that a
-round that has to be played again finds the state from before it. A run that is resumed on another number of ranks reads the same files:
+Each client has a folder of its own in ``RUN/clients`` with its state after each of the last three rounds in which it took part, so that a
+round that has to be played again finds the state from before it: while a round is played, the checkpoint of the one before may still be
+being written, and the run then goes on from the one before that. A run that is resumed on another number of ranks reads the same files:
 for that the run folder has to lie where all ranks see it.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from slora_dist.errors import RunError
 
-KEPT = 2
+KEPT = 3
 
 
 class ClientStates:
