@@ -19,6 +19,8 @@ from slora_dist.data.tokens import Encoded, batches
 from slora_dist.errors import ConfigError
 from slora_dist.evaluate import evaluate
 from slora_dist.model import dense_layers, head_parameters, ranks
+from slora_dist.report import read
+from slora_dist.report.tables import equal
 from slora_dist.runfolder import RunFolder
 from slora_dist.settings import load
 from slora_dist.sparse import training
@@ -203,6 +205,10 @@ def test_a_run_shows_its_perplexity(runs: dict[tuple[str, str], RunFolder], tmp_
     assert main(["report", str(folder.path), "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "report.html").read_text()
     assert "test perplexity" in page and f"{folder.summary()['perplexity']:.2f}" in page
+    assert "Perplexity by rounds" in page and (tmp_path / "report" / "figures" / "perplexity-1-client.svg").exists()
+    groups = read.group([read.load(runs["gpt2", name].path) for name in ("slora", "fft")])
+    (cell, *_), _ = (row[1:] for row in equal(groups, "").rows)
+    assert cell.startswith(f"perplexity {folder.lines('metrics')[1]['perplexity']:.2f}, ") and cell.endswith(", round 2")
 
 
 def test_settings_of_the_task_that_do_not_fit_are_named() -> None:

@@ -13,7 +13,10 @@ from slora_dist.report.read import Group, Line, Run
 
 @dataclass(frozen=True)
 class Point:
-    """A run after a round. ``accuracy`` is None where the round was not evaluated, ``network`` where no link was emulated."""
+    """A run after a round. ``accuracy`` is None where the round was not evaluated, ``network`` where no link was emulated.
+
+    ``perplexity`` is that of causal language models.
+    """
 
     round: int
     accuracy: float | None
@@ -22,6 +25,7 @@ class Point:
     seconds: float  # wall time, without evaluation
     training: float  # seconds in which a client of mean speed trained, and of the switch
     network: float | None  # virtual seconds on emulated links
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,9 @@ class Mean:
         """Return the mean of ``axis`` over the runs."""
         return fmean(getattr(point, axis) for point in self.at)
 
-    @property
-    def span(self) -> tuple[float, float]:
-        """Lowest and highest accuracy of the runs."""
-        found = [point.accuracy for point in self.at if point.accuracy is not None]
+    def span(self, measure: str) -> tuple[float, float]:
+        """Return the lowest and the highest of the runs' figures."""
+        found = [getattr(point, measure) for point in self.at]
         return min(found), max(found)
 
 
@@ -56,6 +59,7 @@ def points(run: Run) -> list[Point]:
             last.seconds + seconds["total"] - seconds["evaluate"] + switch.get(number, 0.0),
             last.training + seconds["train"] / len(line["clients"]) + switch.get(number, 0.0),
             last.network + net["seconds"] if net and last.network is not None else None,
+            line.get("perplexity"),
         )
         found.append(last)
     return found

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from slora_dist.evaluate import perplexity
 from slora_dist.report import curves, gantt, traffic
 from slora_dist.report.blocks import Figure, Swatch, nbytes
 from slora_dist.report.read import Group, Run
@@ -42,12 +43,13 @@ UNITS = {"client": 1e6, "payload": 1e6, "seconds": 60.0, "network": 60.0}
 NAMES = {"round": "round", "client": "MB of one client, up and down", "payload": "MB of all clients, up and down",
          "seconds": "minutes, evaluation left out", "network": "minutes on the emulated network"}  # fmt: skip
 SOURCES = {
-    "round": "metrics.jsonl: accuracy by round.",
-    "client": "metrics.jsonl: accuracy; ledger.jsonl: payload_bytes / clients, for one client that takes part in every round.",
-    "payload": "metrics.jsonl: accuracy, payload_bytes (all clients of the rounds).",
-    "seconds": "metrics.jsonl: accuracy, seconds.total - seconds.evaluate; timeline.jsonl: switch.",
-    "network": "metrics.jsonl: accuracy, network.seconds (virtual seconds on the emulated links).",
+    "round": "metrics.jsonl: {} by round.",
+    "client": "metrics.jsonl: {}; ledger.jsonl: payload_bytes / clients, for one client that takes part in every round.",
+    "payload": "metrics.jsonl: {}, payload_bytes (all clients of the rounds).",
+    "seconds": "metrics.jsonl: {}, seconds.total - seconds.evaluate; timeline.jsonl: switch.",
+    "network": "metrics.jsonl: {}, network.seconds (virtual seconds on the emulated links).",
 }
+SCALES = {"accuracy": (100.0, "test accuracy, %"), "perplexity": (1.0, "test perplexity")}
 
 
 def _drawing(height: float) -> Drawing:
@@ -80,9 +82,9 @@ def inline(svg: str, name: str, title: str) -> str:
     return f'<svg {box[0]} role="img" aria-label="{re.sub(r"[^ -~]|[<>&]", "", title).replace(chr(34), "")}">{body}'
 
 
-def accuracy(groups: Sequence[Group], axis: str, folder: Path, name: str, title: str) -> list[Figure]:
-    """Draw accuracy over a cost: the mean of each group, a band from its lowest to its highest seed. Nothing where none was measured."""
-    lines = [(group, means) for group in groups if (means := [mean for mean in curves.curve(group) if _has(mean, axis)])]
+def scores(groups: Sequence[Group], measure: str, axis: str, folder: Path, name: str, title: str) -> list[Figure]:
+    """Draw one of ``SCALES`` over a cost: the mean of each group, a band from its lowest to its highest seed; nothing without figures."""
+    lines = [(group, means) for group in groups if (means := [mean for mean in curves.curve(group) if _has(mean, measure, axis)])]
     if not lines:
         return []
     with matplotlib.rc_context(STYLE):
@@ -90,17 +92,21 @@ def accuracy(groups: Sequence[Group], axis: str, folder: Path, name: str, title:
         axes = drawing.add_subplot()
         ends = [means[-1].value(axis) for _, means in lines]
         for group, means in lines:
-            _draw_group(axes, group, means, axis)
-        axes.set(xlabel=NAMES[axis], ylabel="test accuracy, %")
+            _draw_group(axes, group, means, measure, axis)
+        axes.set(xlabel=NAMES[axis], ylabel=SCALES[measure][1])
+        found = [mean.value(measure) for _, means in lines for mean in means]
+        if measure == "perplexity" and max(found) > 8 * min(found):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:,g}")
         if axis != "round" and max(ends) > 8 * min(ends):
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:,g}")
     keys = [Line2D([], [], label=group.name, **look(group)) for group, _ in lines]
-    return [_finish(drawing, folder, name, title, SOURCES[axis] + _reading(groups), keys)]
+    return [_finish(drawing, folder, name, title, SOURCES[axis].format(measure) + _reading(groups), keys)]
 
 
-def _has(mean: curves.Mean, axis: str) -> bool:
-    return all(getattr(point, axis) is not None for point in mean.at)
+def _has(mean: curves.Mean, *figures: str) -> bool:
+    return all(getattr(point, figure) is not None for point in mean.at for figure in figures)
 
 
 def _reading(groups: Sequence[Group]) -> str:
@@ -120,19 +126,24 @@ def key(groups: Sequence[Group]) -> list[Swatch]:
     return [Swatch(group.colour, " ".join(f"{1.6 * length:g}" for length in DASHES[group.dash]), group.name) for group in groups]
 
 
-def _draw_group(axes: Axes, group: Group, means: Sequence[curves.Mean], axis: str) -> None:
+def _draw_group(axes: Axes, group: Group, means: Sequence[curves.Mean], measure: str, axis: str) -> None:
+    scale, _ = SCALES[measure]
     x = [mean.value(axis) / UNITS.get(axis, 1.0) for mean in means]
     color = look(group)["color"]
-    axes.plot(x, [100 * mean.value("accuracy") for mean in means], **look(group))
+    axes.plot(x, [scale * mean.value(measure) for mean in means], **look(group))
     if len(group.runs) > 1:
-        low, high = zip(*(mean.span for mean in means), strict=True)
-        axes.fill_between(x, [100 * value for value in low], [100 * value for value in high], color=color, alpha=0.18, lw=0)
+        low, high = zip(*(mean.span(measure) for mean in means), strict=True)
+        axes.fill_between(x, [scale * value for value in low], [scale * value for value in high], color=color, alpha=0.18, lw=0)
     switches = [run.switch for run in group.runs if run.switch]
     if len(switches) == len(group.runs):
-        after = 100 * fmean(switch["accuracy_after"] for switch in switches)
+        after = scale * fmean(_after(switch, measure) for switch in switches)
         first, *_ = (line["round"] for line in group.runs[0].rounds if line["phase"] == group.runs[0].phases[-1])
         spots = [at for at, mean in zip(x, means, strict=True) if mean.at[0].round == first - 1]
         axes.plot(spots, [after] * len(spots), "v", markersize=5, color=color, markerfacecolor=PAPER)
+
+
+def _after(switch: Mapping[str, Any], measure: str) -> float:
+    return float(switch["accuracy_after"]) if measure == "accuracy" else perplexity(switch["loss_after"])
 
 
 def _legend(drawing: Drawing, keys: Sequence[Line2D | Patch]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
@@ -82,7 +82,7 @@ def _plain(text: str) -> str:
 def _sections(groups: Sequence[Group], folder: Path, options: Options) -> Iterator[Section]:
     panels = {name: [each for each in groups if each.panel == name] for name in dict.fromkeys(each.panel for each in groups)}
     yield _head(groups)
-    yield from _accuracy(panels, folder)
+    yield from _scores(panels, folder)
     alike = {name: [each for each in members if each.finished] for name, members in panels.items()}
     if any(len(finished) > 1 for finished in alike.values()):
         blocks = [tables.equal(panels[name], name or "At equal budgets") for name, finished in alike.items() if len(finished) > 1]
@@ -127,14 +127,14 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _accuracy(panels: dict[str, list[Group]], folder: Path) -> Iterator[Section]:
-    for at, (name, members) in enumerate(panels.items(), 1):
-        drawn = []
+def _scores(panels: dict[str, list[Group]], folder: Path) -> Iterator[Section]:
+    for (at, (name, members)), measure in product(enumerate(panels.items(), 1), ("perplexity", "accuracy")):
+        drawn, title = [], measure.capitalize()
         for axis, words in tables.AXES.items():
-            drawn += figures.accuracy(members, axis, folder, f"accuracy-{at}-{axis}", f"Accuracy by {words}")
+            drawn += figures.scores(members, measure, axis, folder, f"{measure}-{at}-{axis}", f"{title} by {words}")
         if drawn:
             key = figures.key(members) if len(members) > 1 else ()
-            yield Section(f"Accuracy: {name}" if name else "Accuracy", "", drawn, key=key)
+            yield Section(f"{title}: {name}" if name else title, "", drawn, key=key)
 
 
 def _bytes(groups: Sequence[Group], folder: Path) -> Section:

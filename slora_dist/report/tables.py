@@ -84,13 +84,14 @@ def settings(groups: Sequence[Group]) -> Table:
 
 
 def equal(groups: Sequence[Group], title: str) -> Table:
-    """Accuracy of each group at the smallest budget that all runs have spent."""
+    """Accuracy (and of causal language models perplexity) of each group at the smallest budget that all runs have spent."""
     budgets = {axis: curves.common_budget(groups, axis) for axis in ("round", "client", "seconds", "network")}
     given = {axis: budget for axis, budget in budgets.items() if budget is not None}
     columns = ["run", *(f"equal {AXES[axis]}: {amount(axis, budget)}" for axis, budget in given.items())]
     rows = [[group.name, *(_at_budget(group, axis, budget) for axis, budget in given.items())] for group in groups]
     source = (
-        "metrics.jsonl: accuracy, round, seconds.total - seconds.evaluate, network.seconds; ledger.jsonl: payload_bytes / clients. "
+        "metrics.jsonl: accuracy, perplexity, round, seconds.total - seconds.evaluate, network.seconds; "
+        "ledger.jsonl: payload_bytes / clients. "
         "The budget is the least that a finished run here has spent in all. Each accuracy is the last one measured within the budget, "
         "nothing is interpolated; a dash: none was. Mean over seeds (lowest-highest), with the mean round of that measurement."
     )
@@ -102,7 +103,9 @@ def _at_budget(group: Group, axis: str, budget: float) -> str:
     if None in found:
         return NONE
     points = [point for point in found if point]
-    return f"{spread([point.accuracy for point in points])}, round {fmean(point.round for point in points):g}"
+    wavering = [point.perplexity for point in points if point.perplexity is not None]
+    told = f"perplexity {fmean(wavering):.2f}, " if wavering else ""
+    return f"{told}{spread([point.accuracy for point in points])}, round {fmean(point.round for point in points):g}"
 
 
 def targets(groups: Sequence[Group], wanted: Sequence[float], mbit: Sequence[float], title: str) -> Table:

@@ -181,7 +181,7 @@ def test_seeds_are_one_group_and_names_tell_the_rest_apart(tmp_path: Path) -> No
     ]  # fmt: skip
     assert len({(each.colour, each.dash) for each in groups}) == 3
     means = curves.curve(groups[0])
-    assert [mean.value("round") for mean in means] == [1, 2, 3, 4] and means[0].span == (0.2, 0.2)
+    assert [mean.value("round") for mean in means] == [1, 2, 3, 4] and means[0].span("accuracy") == (0.2, 0.2)
 
 
 def test_splits_get_panels_where_methods_meet_in_them(tmp_path: Path) -> None:
