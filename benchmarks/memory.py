@@ -45,7 +45,7 @@ def whole(moved: Iterable[int], sizes: set[int]) -> int:
 
 def inference() -> Callable[[], object]:
     """Return the evaluation of one batch."""
-    net, (batch,) = model.load(SHAPES[SHAPE], NAMES, 0).net.eval(), batches(documents(), 16, pad=0)
+    net, (batch,) = model.load(SHAPES[SHAPE], NAMES, 0).net.eval(), batches(documents(64), 16, pad=0)
     return torch.inference_mode()(lambda: net(**batch).loss)
 
 
@@ -56,8 +56,8 @@ def rows() -> list[Row]:
     matrices = [slot for slot in support.slots if slot.index is not None and len(slot.shape) > 1 and prod(slot.shape) > SMALL]
     sizes = {4 * prod(slot.shape) for slot in matrices}
     base = model.load(SHAPES[SHAPE], NAMES, 0).net
-    steps = {"sparse": ours(PHASE, SHAPE, False), "limit": quickly(frozen(base), False)}
-    steps |= {"full": by_hand(model.load(SHAPES[SHAPE], NAMES, 0).net, False), "inference": inference()}
+    steps = {"sparse": ours(PHASE, SHAPE, False), "limit": quickly(frozen(base), False, SHAPE)}
+    steps |= {"full": by_hand(model.load(SHAPES[SHAPE], NAMES, 0).net, False, SHAPE), "inference": inference()}
     moved = {name: allocations(step) for name, step in steps.items()}
     most, kept = {name: peak(bytes_) for name, bytes_ in moved.items()}, 4 * support.numel
     beside = {f"MB, {name}": nbytes / 1e6 for name, nbytes in most.items()}

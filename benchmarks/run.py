@@ -14,14 +14,15 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.json", HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- table: made by benchmarks/run.py -->", "<!-- end of table -->"
-SUITE = ("steps", "memory", "codec", "svd", "mean", "overhead", "ledger", "startup", "scale")
+SUITE = ("steps:MiniLM", "steps:DistilBERT", "memory", "codec", "svd", "mean", "overhead", "ledger", "startup", "scale")
 
 
 def measure(names: Iterable[str]) -> list[dict[str, Any]]:
     """Return the rows of benchmarks, printing each as it is found."""
     found = []
     for name in names:
-        for row in importlib.import_module(f"benchmarks.{name}").rows():
+        module, *part = name.split(":")
+        for row in importlib.import_module(f"benchmarks.{module}").rows(*part):
             entry = {key: getattr(row, key) for key in ("name", "ratio", "target", "limit", "runs", "against")}
             found.append(entry | {"beside": dict(row.beside), "benchmark": name})
             print(line(found[-1]), flush=True)
