@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from slora_dist.config import HoulsbyPhase, PfeifferPhase
 from slora_dist.errors import ConfigError
 from slora_dist.methods import insert_adapters
-from slora_dist.model import KINDS, Classifier
+from slora_dist.model import KINDS, TaskModel
 
 ABOUT, LORA, DELTA, BOTTLENECK = "slora_dist.json", "adapter_config.json", "delta.safetensors", "bottleneck.safetensors"
 
@@ -41,7 +41,7 @@ def load(folder: str | Path) -> nn.Module:
     else:
         about = _about(folder)
         phase = TypeAdapter[HoulsbyPhase | PfeifferPhase](HoulsbyPhase | PfeifferPhase).validate_python(about["phase"])
-        insert_adapters(phase, Classifier(net, tuple(about["head"]), None, about["task"]))
+        insert_adapters(phase, TaskModel(net, tuple(about["head"]), None, about["task"]))
         _assign(net, load_file(folder / BOTTLENECK))
     return net.eval()
 

@@ -22,7 +22,7 @@ from slora_dist import adapters, methods
 from slora_dist.adapters import ABOUT, BOTTLENECK, DELTA, LORA
 from slora_dist.config import HoulsbyPhase, LowrankPhase, PfeifferPhase
 from slora_dist.errors import ConfigError
-from slora_dist.model import Classifier, head_parameters
+from slora_dist.model import TaskModel, head_parameters
 from slora_dist.support import Support
 
 TASKS = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}
@@ -33,7 +33,7 @@ class Result:
     """The end of a run: the last phase, its coordinates and offset, on a classifier whose base weights are those it stands on."""
 
     phase: methods.AnyPhase
-    classifier: Classifier
+    classifier: TaskModel
     coordinates: Support
     offset_N: Tensor
     base_changed: bool
@@ -87,7 +87,7 @@ def export(adapter: Path, destination: Path, merge: bool) -> None:
     AutoTokenizer.from_pretrained(adapter).save_pretrained(destination)
 
 
-def _write_lora(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, Tensor], source: str, folder: Path) -> None:
+def _write_lora(phase: LowrankPhase, classifier: TaskModel, delta: Mapping[str, Tensor], source: str, folder: Path) -> None:
     config = LoraConfig(
         task_type=TASKS[classifier.task],
         base_model_name_or_path=source,

@@ -26,7 +26,7 @@ WORDS = {"classification": "sequence classifier", "causal_lm": "causal language 
 
 
 @dataclass(frozen=True)
-class Classifier:
+class TaskModel:
     """A sequence classifier or causal language model.
 
     It is the network, the modules of its head, and whether plain transformers can load its base from ``source``.
@@ -38,15 +38,15 @@ class Classifier:
     task: str = "classification"  # a key of KINDS
 
 
-def shell(config: ModelConfig, names: Sequence[str]) -> Classifier:
-    """Return the classifier without storage (on the meta device): shapes only, for planning."""
+def shell(config: ModelConfig, names: Sequence[str]) -> TaskModel:
+    """Return the model without storage (on the meta device): shapes only, for planning."""
     with torch.device("meta"):
         net = _from_config(_settings(config, names), config)
-    return Classifier(net, _head(net, config), None, config.task)
+    return TaskModel(net, _head(net, config), None, config.task)
 
 
-def load(config: ModelConfig, names: Sequence[str], seed: int) -> Classifier:
-    """Load the classifier with float32 weights; what the pretrained model lacks is drawn from ``seed``, alike on every rank."""
+def load(config: ModelConfig, names: Sequence[str], seed: int) -> TaskModel:
+    """Load the model with float32 weights; what the pretrained model lacks is drawn from ``seed``, alike on every rank."""
     settings = _settings(config, names)
     with torch.random.fork_rng():
         torch.manual_seed(derive(seed, "model"))
@@ -58,7 +58,7 @@ def load(config: ModelConfig, names: Sequence[str], seed: int) -> Classifier:
     head = _head(net, config)
     # whoever loads the base by its name gets it as it is: a network that other settings have changed is saved
     complete = missing is not None and not config.config and all(key.startswith(tuple(f"{module}." for module in head)) for key in missing)
-    return Classifier(net, head, resolve(config.name, "models") if complete and config.name else None, config.task)
+    return TaskModel(net, head, resolve(config.name, "models") if complete and config.name else None, config.task)
 
 
 def tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
@@ -77,8 +77,8 @@ def tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     return words
 
 
-def fit(classifier: Classifier, words: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Make the classifier know the padding of its tokenizer. Raises ``ConfigError`` when vocabulary or length are above the model's."""
+def fit(classifier: TaskModel, words: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Make the model know the padding of its tokenizer. Raises ``ConfigError`` when vocabulary or length are above the model's."""
     settings: Any = classifier.net.config
     settings.pad_token_id = words.pad_token_id
     if len(words) > settings.vocab_size:
@@ -88,7 +88,7 @@ def fit(classifier: Classifier, words: PreTrainedTokenizerBase, max_length: int)
         raise ConfigError("data.max_length", f"{max_length} tokens for a model of {longest}", f"2 to {longest}")
 
 
-def dense_layers(classifier: Classifier) -> dict[str, tuple[int, int]]:
+def dense_layers(classifier: TaskModel) -> dict[str, tuple[int, int]]:
     """Return {module name: (O, I)} of every dense layer that is neither embedding (of input or output) nor head, in model order.
 
     A shared layer counts once.
@@ -117,13 +117,13 @@ def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm")
 
 
-def is_transposed(classifier: Classifier, layer: str) -> bool:
+def is_transposed(classifier: TaskModel, layer: str) -> bool:
     """Whether the layer stores its weight as I x O (GPT-2's Conv1D)."""
     module = classifier.net.get_submodule(layer)
     return isinstance(getattr(module, "base_layer", module), Conv1D)
 
 
-def ranks(classifier: Classifier, phase: LowrankPhase) -> dict[str, int]:
+def ranks(classifier: TaskModel, phase: LowrankPhase) -> dict[str, int]:
     """Return {module name: rank} of the layers that ``method.lowrank.targets`` names; ``ConfigError`` on names or ranks that do not fit."""
     layers = dense_layers(classifier)
     if phase.targets == "all":
@@ -152,7 +152,7 @@ def ranks(classifier: Classifier, phase: LowrankPhase) -> dict[str, int]:
     return result
 
 
-def head_parameters(classifier: Classifier) -> list[str]:
+def head_parameters(classifier: TaskModel) -> list[str]:
     """Return the names of the head's parameters, in model order."""
     return [name for name, _ in classifier.net.named_parameters() if _within(name, classifier.head)]
 

@@ -10,13 +10,13 @@ from slora_dist import methods, personal
 from slora_dist.config import Config, DensePhase
 from slora_dist.exchange import Exchange
 from slora_dist.ledger import Direction
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 from slora_dist.network import agreements
 from slora_dist.roundplan import present
 from slora_dist.wire import HEADER_BYTES, Wires
 
 
-def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[str, Any]:
+def plan(config: Config, classifier: TaskModel, mbit: Sequence[float]) -> dict[str, Any]:
     """Return the plan of a run: per phase the trainable parameters and the bytes of a message, and the sums over all rounds and clients.
 
     The bytes of control are those of the clients: headers, scores, and for exact sums their magnitudes and keys.
@@ -50,7 +50,7 @@ def plan(config: Config, classifier: Classifier, mbit: Sequence[float]) -> dict[
     }
 
 
-def exchanges(config: Config, classifier: Classifier) -> dict[str, Exchange]:
+def exchanges(config: Config, classifier: TaskModel) -> dict[str, Exchange]:
     """Return the messages of every phase, by its name."""
     found, first = {}, 1
     for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
@@ -60,7 +60,7 @@ def exchanges(config: Config, classifier: Classifier) -> dict[str, Exchange]:
     return found
 
 
-def full_finetuning(config: Config, classifier: Classifier) -> dict[Direction, int]:
+def full_finetuning(config: Config, classifier: TaskModel) -> dict[Direction, int]:
     """Return the payload of full fine-tuning in the same rounds with the same clients and number format."""
     coordinates = methods.support(DensePhase(), classifier, config.method, config.run.seed)
     rounds = sum(phase.rounds for phase in config.method.resolved())

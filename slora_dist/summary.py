@@ -6,12 +6,12 @@ from typing import Any
 
 from slora_dist.config import Config
 from slora_dist.ledger import Row, totals
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 from slora_dist.plan import full_finetuning
 from slora_dist.runfolder import RunFolder
 
 
-def summarize(config: Config, folder: RunFolder, classifier: Classifier, switch: dict[str, Any] | None, world_size: int) -> dict[str, Any]:
+def summarize(config: Config, folder: RunFolder, classifier: TaskModel, switch: dict[str, Any] | None, world_size: int) -> dict[str, Any]:
     """Return the content of ``summary.json``."""
     metrics = folder.lines("metrics")
     ledger = folder.lines("ledger")

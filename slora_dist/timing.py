@@ -16,7 +16,7 @@ from slora_dist import methods
 from slora_dist.config import Config
 from slora_dist.errors import ConfigError
 from slora_dist.links import Passed, passed_on, read_in_order
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 from slora_dist.network import Network, agreements, parts
 from slora_dist.plan import exchanges
 from slora_dist.roundplan import RoundPlan, plan_round
@@ -40,7 +40,7 @@ def read_machine(path: Path) -> dict[str, Any]:
     return machine
 
 
-def predict(config: Config, classifier: Classifier, machine: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def predict(config: Config, classifier: TaskModel, machine: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return the mean seconds of a round of every phase, ``{phase: {broadcast, train, upload, server, control, round}}``.
 
     All are those of the client whose update is there last, ``control`` the notes of the ranks, ``round`` the sum;

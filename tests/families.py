@@ -6,7 +6,7 @@ import torch
 
 from slora_dist import model
 from slora_dist.config import ModelConfig
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 
 NAMES = ("art", "sport", "war")
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -31,11 +31,11 @@ CAUSAL: dict[str, dict[str, Any]] = {
 }
 
 
-def build(family: str, *, seed: int = 0, head: list[str] | None = None) -> Classifier:
+def build(family: str, *, seed: int = 0, head: list[str] | None = None) -> TaskModel:
     return model.load(ModelConfig(config=FAMILIES[family], head=head), NAMES, seed)
 
 
-def build_causal(family: str, *, head: list[str] | None = None) -> Classifier:
+def build_causal(family: str, *, head: list[str] | None = None) -> TaskModel:
     return model.load(ModelConfig(task="causal_lm", config=CAUSAL[family], head=head), (), 0)
 
 

@@ -8,7 +8,7 @@ from slora_dist import methods, model
 from slora_dist.config import BitfitPhase, HoulsbyPhase, MethodConfig, PfeifferPhase
 from slora_dist.errors import ConfigError
 from slora_dist.methods import bottleneck
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 from tests.families import FAMILIES, NAMES, SIZES, build, documents
 
 PHASES = (HoulsbyPhase(size=5), PfeifferPhase(size=5))
@@ -16,7 +16,7 @@ LAYERS = dict.fromkeys(FAMILIES, 2) | {"albert": 1}  # that have weights of thei
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def entered(family: str, phase: bottleneck.BottleneckPhase, seed: int = 0) -> Classifier:
+def entered(family: str, phase: bottleneck.BottleneckPhase, seed: int = 0) -> TaskModel:
     classifier = build(family)
     methods.enter(phase, classifier, methods.support(phase, classifier, MethodConfig(), 0), seed)
     return classifier

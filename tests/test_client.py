@@ -14,7 +14,7 @@ from slora_dist.aggregate.server import Server
 from slora_dist.client import Recipe, Update, train
 from slora_dist.config import ClientsConfig, DensePhase, LowrankPhase, MethodConfig, ServerConfig, SparsePhase
 from slora_dist.data.tokens import Encoded, batches
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 from slora_dist.support import Support
 from tests.families import build
 
@@ -25,7 +25,7 @@ every_phase = pytest.mark.parametrize("kind", PHASES)
 
 
 @pytest.fixture
-def classifier() -> Classifier:
+def classifier() -> TaskModel:
     """A BERT without dropout: the identities below are about one gradient."""
     made = build("bert")
     for module in made.net.modules():
@@ -44,7 +44,7 @@ def join(parts: list[Encoded]) -> Encoded:
     return Encoded([row for part in parts for row in part.ids], torch.cat([part.labels_N for part in parts]))
 
 
-def enter(classifier: Classifier, kind: str) -> tuple[Support, Tensor]:
+def enter(classifier: TaskModel, kind: str) -> tuple[Support, Tensor]:
     """(coordinates, start_N) of a phase; low-rank factors begin with a B that is not zero, so that A has a gradient."""
     phase = PHASES[kind]
     coordinates = methods.support(phase, classifier, MethodConfig(), 0)
@@ -68,7 +68,7 @@ def centralized_step(net: nn.Module, coordinates: Support, start_N: Tensor, ever
 
 
 @every_phase
-def test_fedsgd_is_one_centralized_step(classifier: Classifier, kind: str) -> None:
+def test_fedsgd_is_one_centralized_step(classifier: TaskModel, kind: str) -> None:
     """SGD, one full-batch step, all clients, mean by examples, server SGD with lr 1."""
     parts = [documents(size, seed) for seed, size in enumerate(SIZES)]
     coordinates, start_N = enter(classifier, kind)
@@ -87,7 +87,7 @@ def test_fedsgd_is_one_centralized_step(classifier: Classifier, kind: str) -> No
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("kind", ["sparse", "lowrank"])
-def test_nothing_but_the_coordinates_moves_by_one_bit(classifier: Classifier, kind: str, optimizer: str) -> None:
+def test_nothing_but_the_coordinates_moves_by_one_bit(classifier: TaskModel, kind: str, optimizer: str) -> None:
     """AdamW's decay would move every weight of a tensor if only its gradient were masked."""
     coordinates, start_N = enter(classifier, kind)
     before = copy.deepcopy(classifier.net.state_dict())
@@ -103,7 +103,7 @@ def test_nothing_but_the_coordinates_moves_by_one_bit(classifier: Classifier, ki
         assert torch.equal(weights[held], before[name][held]), name
 
 
-def reference_adamw(classifier: Classifier, coordinates: Support, start_N: Tensor, part: Encoded, lr: float, decay: float) -> Tensor:
+def reference_adamw(classifier: TaskModel, coordinates: Support, start_N: Tensor, part: Encoded, lr: float, decay: float) -> Tensor:
     """Three full-batch steps of torch's AdamW on whole parameters."""
     coordinates.write(classifier.net, start_N)
     chosen = [classifier.net.get_parameter(slot.name) for slot in coordinates.slots]
@@ -117,7 +117,7 @@ def reference_adamw(classifier: Classifier, coordinates: Support, start_N: Tenso
 
 
 @pytest.mark.parametrize("kind", ["dense", "lowrank"])
-def test_several_steps_are_those_of_the_optimizer_on_whole_parameters(classifier: Classifier, kind: str) -> None:
+def test_several_steps_are_those_of_the_optimizer_on_whole_parameters(classifier: TaskModel, kind: str) -> None:
     part = documents(9, 0)
     coordinates, start_N = enter(classifier, kind)
     settings = recipe(lr=0.01, optimizer="adamw", weight_decay=0.1, epochs=3)
@@ -149,7 +149,7 @@ def test_an_update_depends_on_its_inputs_and_nothing_before() -> None:
 @pytest.mark.parametrize(
     ("settings", "sizes"), [({"epochs": 2}, [4, 4, 2, 4, 4, 2]), ({"steps": 2}, [4, 4]), ({"steps": 5, "epochs": 9}, [4, 4, 2, 4, 4])]
 )
-def test_epochs_and_steps(classifier: Classifier, settings: dict[str, int], sizes: list[int]) -> None:
+def test_epochs_and_steps(classifier: TaskModel, settings: dict[str, int], sizes: list[int]) -> None:
     seen: list[int] = []
     classifier.net.register_forward_pre_hook(lambda net, args, kwargs: seen.append(len(kwargs["labels"])), with_kwargs=True)
     coordinates, start_N = enter(classifier, "sparse")
@@ -157,7 +157,7 @@ def test_epochs_and_steps(classifier: Classifier, settings: dict[str, int], size
     assert seen == sizes and update.num_examples == 10
 
 
-def test_the_loss_is_the_mean_over_the_documents_seen(classifier: Classifier) -> None:
+def test_the_loss_is_the_mean_over_the_documents_seen(classifier: TaskModel) -> None:
     part = documents(10, 0)
     coordinates, start_N = enter(classifier, "dense")
     update = train(classifier.net, coordinates, start_N, part, recipe(lr=1e-12, batch_size=4), seed=0)
@@ -167,7 +167,7 @@ def test_the_loss_is_the_mean_over_the_documents_seen(classifier: Classifier) ->
         assert update.loss == pytest.approx(float(classifier.net(**batch).loss), rel=1e-5)
 
 
-def test_bfloat16_computes_otherwise_but_keeps_float32_weights(classifier: Classifier) -> None:
+def test_bfloat16_computes_otherwise_but_keeps_float32_weights(classifier: TaskModel) -> None:
     coordinates, start_N = enter(classifier, "dense")
     exact, coarse = (
         train(classifier.net, coordinates, start_N, documents(9, 0), Recipe(ClientsConfig(optimizer="sgd"), 0.1, bfloat16, PAD), seed=0)

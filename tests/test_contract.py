@@ -21,7 +21,7 @@ from slora_dist.config import ClientsConfig, Indices, MethodConfig, Values
 from slora_dist.data.tokens import Encoded, word_tokenizer
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.export import Result, export, write
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 from slora_dist.support import Support
 from slora_dist.svd import Factors
 from slora_dist.wire import Wire
@@ -83,7 +83,7 @@ class Entered:
         self.offset_N = methods.begin(self.phase, self.classifier, self.coordinates, delta, SEED, {**found, **self.reduced}).offset_N
 
 
-def chosen(classifier: Classifier, method: MethodConfig) -> dict[str, Tensor]:
+def chosen(classifier: TaskModel, method: MethodConfig) -> dict[str, Tensor]:
     """Masks as statistics of clients might choose them."""
     shapes = {name: weight.shape for name, weight in classifier.net.named_parameters()}
     return {name: masks.largest(noise(prod(shape)), masks.kept(prod(shape), method.sparse.density)) for name, shape in shapes.items()}

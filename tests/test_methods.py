@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from slora_dist import methods, model
 from slora_dist.completion import complete
 from slora_dist.config import DensePhase, LowrankPhase, MethodConfig, SparsePhase
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 from slora_dist.support import Support
 from tests.families import FAMILIES, build, documents
 
@@ -20,7 +20,7 @@ LOWRANK = LowrankPhase(rank=3, ranks={}, alpha=6.0)
 SEED = 4
 
 
-def support(phase: methods.AnyPhase, classifier: Classifier, method: MethodConfig | None = None) -> Support:
+def support(phase: methods.AnyPhase, classifier: TaskModel, method: MethodConfig | None = None) -> Support:
     return methods.support(phase, classifier, method or MethodConfig(), SEED)
 
 
@@ -202,7 +202,7 @@ def test_starting_anew_takes_nothing_over_but_the_head() -> None:
         assert slot.kind == "factor_a" or torch.equal(start.offset_N[span].view(slot.shape), delta.get(slot.name, torch.zeros(slot.shape)))
 
 
-def primed(classifier: Classifier, first: methods.AnyPhase) -> tuple[Support, Tensor, dict[str, Tensor]]:
+def primed(classifier: TaskModel, first: methods.AnyPhase) -> tuple[Support, Tensor, dict[str, Tensor]]:
     """What a first phase could have learned: (coordinates, offset_N, update of each parameter)."""
     coordinates = support(first, classifier)
     offset_N = 0.3 * torch.randn(coordinates.numel, generator=torch.Generator().manual_seed(1))

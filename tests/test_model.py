@@ -10,7 +10,7 @@ from slora_dist import model
 from slora_dist.config import LowrankPhase, ModelConfig
 from slora_dist.data.tokens import word_tokenizer
 from slora_dist.errors import ConfigError
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 from tests.families import FAMILIES, NAMES, build
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -201,7 +201,7 @@ def test_tokenizer_and_model_have_to_fit() -> None:
 @every_family
 def test_every_family_classifies_padded_documents(family: str) -> None:
     """GPT-2 takes the last token that is no padding: it must know which is."""
-    classifier: Classifier = build(family)
+    classifier: TaskModel = build(family)
     model.fit(classifier, word_tokenizer(["a b c"]), 16)
     ids = torch.tensor([[5, 6, 4, 0, 0], [5, 6, 4, 5, 6]])
     classifier.net.eval()

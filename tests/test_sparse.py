@@ -12,7 +12,7 @@ from slora_dist import methods, sparse
 from slora_dist.client import Recipe, train
 from slora_dist.config import ClientsConfig, MethodConfig, SparsePhase
 from slora_dist.masks import Pattern
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 from slora_dist.support import Slot, Support
 from tests import test_client
 from tests.families import FAMILIES, build, documents
@@ -22,7 +22,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
-def enter(family: str, pattern: Pattern, density: float = 0.1) -> tuple[Classifier, Support]:
+def enter(family: str, pattern: Pattern, density: float = 0.1) -> tuple[TaskModel, Support]:
     classifier, phase = build(family), SparsePhase(density=density, mask=pattern)
     classifier.net.config.pad_token_id = 0  # type: ignore[union-attr]  # GPT-2 insists on one
     coordinates = methods.support(phase, classifier, MethodConfig(), 5)
@@ -128,7 +128,7 @@ def test_the_optimiser_keeps_a_few_numbers_for_each_kept_one() -> None:
     assert gradients == coordinates.numel and state == 2 * coordinates.numel
 
 
-def run(classifier: Classifier, coordinates: Support) -> Tensor:
+def run(classifier: TaskModel, coordinates: Support) -> Tensor:
     recipe = Recipe(ClientsConfig(batch_size=4, epochs=2), 0.01, False, 0)
     return train(classifier.net, coordinates, coordinates.reference(classifier.net), test_client.documents(9, 0), recipe, 3).delta_N
 

@@ -13,7 +13,7 @@ from slora_dist.cli import main
 from slora_dist.comm.alone import Alone
 from slora_dist.data.federation import class_names
 from slora_dist.errors import ConfigError
-from slora_dist.model import Classifier, shell
+from slora_dist.model import TaskModel, shell
 from slora_dist.timing import NOTES_BYTES, PARTS, predict, read_machine
 from slora_dist.wire import HEADER_BYTES
 from tests.tiny import TINY, tiny
@@ -30,7 +30,7 @@ def machine(size: int = 4, **phases: dict[str, float]) -> dict[str, Any]:
     return {"world": {"size": size}, "verbs": rows, "documents": [40] * 6, "phases": phases}
 
 
-def fft(*overrides: str) -> tuple[Any, Classifier, int]:
+def fft(*overrides: str) -> tuple[Any, TaskModel, int]:
     config = tiny(
         "method.name=fft", "method.dense.rounds=3", "clients.per_round=3", "clients.epochs=2", "clients.batch_size=16", *overrides
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from slora_dist.model import Classifier, is_added
+from slora_dist.model import TaskModel, is_added
 
 
 def base_shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -27,13 +27,13 @@ def parameter_name(name: str, net: nn.Module) -> str:
     return f"{module}.base_layer.{leaf}" if hasattr(net.get_submodule(module), "base_layer") else name
 
 
-def base_weights(classifier: Classifier, names: Iterable[str]) -> dict[str, Tensor]:
+def base_weights(classifier: TaskModel, names: Iterable[str]) -> dict[str, Tensor]:
     """Return base parameters as they are now, by the names that they have without adapters."""
     return {name: classifier.net.get_parameter(parameter_name(name, classifier.net)).detach().clone() for name in names}
 
 
 @torch.no_grad()
-def add_to_base(classifier: Classifier, change: Mapping[str, Tensor]) -> None:
+def add_to_base(classifier: TaskModel, change: Mapping[str, Tensor]) -> None:
     """Add updates to base parameters in place."""
     for name, update in change.items():
         parameter = classifier.net.get_parameter(parameter_name(name, classifier.net))

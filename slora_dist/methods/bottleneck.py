@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from slora_dist.config import HoulsbyPhase, PfeifferPhase
 from slora_dist.errors import ConfigError
-from slora_dist.model import Classifier, dense_layers, ends, is_norm
+from slora_dist.model import TaskModel, dense_layers, ends, is_norm
 from slora_dist.seeding import derive
 from slora_dist.support import Slot
 
@@ -70,7 +70,7 @@ class AdaptedNorm(nn.Module):
         return normed
 
 
-def places(phase: BottleneckPhase, classifier: Classifier) -> dict[str, int]:
+def places(phase: BottleneckPhase, classifier: TaskModel) -> dict[str, int]:
     """Return {module name: O} of the layers that get an adapter, in model order. Raises ``ConfigError`` on an unknown family."""
     layers = {layer: out_features for layer, (out_features, _) in dense_layers(classifier).items()}
     attention = [layer for layer in layers if ends(layer, ATTENTION_OUTPUTS)]
@@ -84,7 +84,7 @@ def places(phase: BottleneckPhase, classifier: Classifier) -> dict[str, int]:
     return dict(_norms_after(classifier)) or {layer: layers[layer] for layer in ffn}
 
 
-def slots(phase: BottleneckPhase, classifier: Classifier) -> list[Slot]:
+def slots(phase: BottleneckPhase, classifier: TaskModel) -> list[Slot]:
     """Return the slots of all adapters, and of the norms where they train as well."""
     found = []
     for place, features in places(phase, classifier).items():
@@ -100,7 +100,7 @@ def slots(phase: BottleneckPhase, classifier: Classifier) -> list[Slot]:
     return found
 
 
-def insert(phase: BottleneckPhase, classifier: Classifier, seed: int = 0) -> None:
+def insert(phase: BottleneckPhase, classifier: TaskModel, seed: int = 0) -> None:
     """Put the adapters into the network, with weights drawn from ``seed``, alike on every rank."""
     for place, features in places(phase, classifier).items():
         adapter = Adapter(features, phase.size, phase.activation)
@@ -119,13 +119,13 @@ def _reset(adapter: Adapter, seed: int) -> None:
         nn.init.zeros_(linear.bias)
 
 
-def _norms(classifier: Classifier) -> Iterator[tuple[str, Sequence[int]]]:
+def _norms(classifier: TaskModel) -> Iterator[tuple[str, Sequence[int]]]:
     for module_name, module in classifier.net.named_modules():
         if is_norm(module):
             yield from ((f"{module_name}.{leaf}", tuple(weight.shape)) for leaf, weight in module.named_parameters(recurse=False))
 
 
-def _norms_after(classifier: Classifier) -> Iterator[tuple[str, int]]:
+def _norms_after(classifier: TaskModel) -> Iterator[tuple[str, int]]:
     for name, module in classifier.net.named_modules():
         if is_norm(module) and ends(name, FFN_NORMS) and not ends(name, ("attention.output.LayerNorm",)):
             yield name, next(module.parameters()).numel()

@@ -15,13 +15,13 @@ from slora_dist.aggregate.rules import width
 from slora_dist.completion import complete, truncate
 from slora_dist.config import AnyPhase, LowrankPhase
 from slora_dist.methods.base import parameter_name
-from slora_dist.model import Classifier, dense_layers, is_transposed, ranks
+from slora_dist.model import TaskModel, dense_layers, is_transposed, ranks
 from slora_dist.seeding import derive
 from slora_dist.support import Slot, Support
 from slora_dist.svd import Factors, factor
 
 
-def lora_settings(phase: LowrankPhase, classifier: Classifier) -> dict[str, Any]:
+def lora_settings(phase: LowrankPhase, classifier: TaskModel) -> dict[str, Any]:
     """Return peft's settings for a phase on a classifier: exact layer names, their ranks and alphas."""
     by_layer = ranks(classifier, phase)
     return {
@@ -35,7 +35,7 @@ def lora_settings(phase: LowrankPhase, classifier: Classifier) -> dict[str, Any]
     }
 
 
-def slots(phase: LowrankPhase, classifier: Classifier) -> list[Slot]:
+def slots(phase: LowrankPhase, classifier: TaskModel) -> list[Slot]:
     """Return the slots of both factors of every target layer."""
     layers, found = dense_layers(classifier), list[Slot]()
     for layer, rank in ranks(classifier, phase).items():
@@ -45,12 +45,12 @@ def slots(phase: LowrankPhase, classifier: Classifier) -> list[Slot]:
     return found
 
 
-def inject(phase: LowrankPhase, classifier: Classifier) -> None:
+def inject(phase: LowrankPhase, classifier: TaskModel) -> None:
     """Let peft adapt the target layers in place."""
     inject_adapter_in_model(LoraConfig(init_lora_weights=False, **lora_settings(phase, classifier)), classifier.net)
 
 
-def start(phase: LowrankPhase, classifier: Classifier, found: Mapping[str, Factors], seed: int) -> dict[str, Tensor]:
+def start(phase: LowrankPhase, classifier: TaskModel, found: Mapping[str, Factors], seed: int) -> dict[str, Tensor]:
     """Return the factors with which the phase begins, by parameter name: those ``found`` at the switch, LoRA's own start elsewhere."""
     layers, factors = dense_layers(classifier), dict[str, Tensor]()
     for layer, rank in ranks(classifier, phase).items():
@@ -62,7 +62,7 @@ def start(phase: LowrankPhase, classifier: Classifier, found: Mapping[str, Facto
     return factors
 
 
-def multiplied(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def multiplied(phase: LowrankPhase, classifier: TaskModel, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return ``delta`` with the factors of every target layer multiplied out to the update of its weight."""
     updates = dict(delta)
     for layer, rank in ranks(classifier, phase).items():
@@ -73,7 +73,7 @@ def multiplied(phase: LowrankPhase, classifier: Classifier, delta: Mapping[str, 
 
 
 def factored(
-    phase: AnyPhase, classifier: Classifier, delta: Mapping[str, Tensor], before: Support, layers: Sequence[str] | None = None
+    phase: AnyPhase, classifier: TaskModel, delta: Mapping[str, Tensor], before: Support, layers: Sequence[str] | None = None
 ) -> dict[str, Factors]:
     """Return the factors of the update of every target layer, or of ``layers``, that the phase takes over.
 
@@ -97,7 +97,7 @@ def factored(
 
 
 @torch.no_grad()
-def reduce_base(phase: AnyPhase, classifier: Classifier) -> dict[str, Factors]:
+def reduce_base(phase: AnyPhase, classifier: TaskModel) -> dict[str, Factors]:
     """Take the best rank-r part out of the base weight of every target layer, and return it as the factors with which the phase begins.
 
     PiSSA (Meng et al. 2024) and FeDeRA (Yan et al. 2024), W_0 = (W_0 - scale B A) + scale B A with B = U_r S_r^1/2, A = S_r^1/2 V_r^T:
@@ -115,7 +115,7 @@ def reduce_base(phase: AnyPhase, classifier: Classifier) -> dict[str, Factors]:
     return found
 
 
-def factorable(phase: AnyPhase, classifier: Classifier, coordinates: Support) -> list[str]:
+def factorable(phase: AnyPhase, classifier: TaskModel, coordinates: Support) -> list[str]:
     """Return the target layers of which ``coordinates``, those of the phase before, have learned an update that the phase takes over."""
     if not isinstance(phase, LowrankPhase) or phase.init == "kaiming":
         return []
@@ -123,7 +123,7 @@ def factorable(phase: AnyPhase, classifier: Classifier, coordinates: Support) ->
     return [layer for layer in ranks(classifier, phase) if layer in moved]
 
 
-def pairs(phase: AnyPhase, classifier: Classifier, coordinates: Support) -> list[Pair]:
+def pairs(phase: AnyPhase, classifier: TaskModel, coordinates: Support) -> list[Pair]:
     """Return where the factors of every target layer lie in the vector of ``coordinates``; none in a phase without factors."""
     if not isinstance(phase, LowrankPhase):
         return []
@@ -145,7 +145,7 @@ def base_moves(phases: Sequence[AnyPhase], next_phase: AnyPhase | None = None) -
     return kept or any(width(phase, 1) for phase in phases)
 
 
-def as_stored(classifier: Classifier, layer: str, update_OI: Tensor) -> Tensor:
+def as_stored(classifier: TaskModel, layer: str, update_OI: Tensor) -> Tensor:
     """Return the update of a layer's weight as the layer stores it."""
     return update_OI.T.contiguous() if is_transposed(classifier, layer) else update_OI
 

@@ -28,7 +28,7 @@ from slora_dist.errors import ConfigError
 from slora_dist.methods import bottleneck, lowrank, sparse
 from slora_dist.methods.base import base_shapes, remove_adapters
 from slora_dist.methods.sparse import Chosen, Shapes
-from slora_dist.model import Classifier, head_parameters
+from slora_dist.model import TaskModel, head_parameters
 from slora_dist.support import Slot, Support
 from slora_dist.svd import Factors
 
@@ -54,7 +54,7 @@ def names(method: MethodConfig) -> tuple[str, ...]:
     return tuple(kind if kinds[:at].count(kind) == 0 else f"{kind}-{kinds[:at].count(kind) + 1}" for at, kind in enumerate(kinds))
 
 
-def support(phase: AnyPhase, classifier: Classifier, method: MethodConfig, seed: int, chosen: Chosen | None = None) -> Support:
+def support(phase: AnyPhase, classifier: TaskModel, method: MethodConfig, seed: int, chosen: Chosen | None = None) -> Support:
     """Return the coordinates of a phase on a classifier; shapes suffice, so a shell will do. The head is dense in every phase.
 
     Masks that are chosen by gradient are ``chosen``, {parameter: flat positions}, or not known yet; those chosen by magnitude are known
@@ -67,7 +67,7 @@ def support(phase: AnyPhase, classifier: Classifier, method: MethodConfig, seed:
     )
 
 
-def _slots(phase: AnyPhase, classifier: Classifier, method: MethodConfig, seed: int, shapes: Shapes, chosen: Chosen | None) -> list[Slot]:
+def _slots(phase: AnyPhase, classifier: TaskModel, method: MethodConfig, seed: int, shapes: Shapes, chosen: Chosen | None) -> list[Slot]:
     """Return the slots of a phase besides the head; ``shapes`` are those of the backbone."""
     match phase:
         case LowrankPhase():
@@ -92,7 +92,7 @@ def biases(shapes: Shapes) -> list[Slot]:
     return found
 
 
-def enter(phase: AnyPhase, classifier: Classifier, coordinates: Support, seed: int) -> None:
+def enter(phase: AnyPhase, classifier: TaskModel, coordinates: Support, seed: int) -> None:
     """Make the network ready for a phase: adapters of an earlier phase leave, those of this one come in, and only its slots train."""
     remove_adapters(classifier.net)
     if isinstance(phase, LowrankPhase):
@@ -107,7 +107,7 @@ def enter(phase: AnyPhase, classifier: Classifier, coordinates: Support, seed: i
 
 def begin(
     phase: AnyPhase,
-    classifier: Classifier,
+    classifier: TaskModel,
     coordinates: Support,
     delta: Mapping[str, Tensor],
     seed: int,
@@ -123,7 +123,7 @@ def begin(
     return Start(_carry(coordinates, {**delta, **factors}), found or {})
 
 
-def learned(phase: AnyPhase, classifier: Classifier, coordinates: Support, offset_N: Tensor) -> dict[str, Tensor]:
+def learned(phase: AnyPhase, classifier: TaskModel, coordinates: Support, offset_N: Tensor) -> dict[str, Tensor]:
     """Return the update of every base parameter that an offset stands for: {parameter: update in its shape}; factors multiplied out."""
     delta = coordinates.densify(offset_N)
     return lowrank.multiplied(phase, classifier, delta) if isinstance(phase, LowrankPhase) else delta

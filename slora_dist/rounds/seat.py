@@ -20,7 +20,7 @@ from slora_dist.ending import Where
 from slora_dist.evaluate import Score, evaluate
 from slora_dist.journal import Journal
 from slora_dist.ledger import Label
-from slora_dist.model import Classifier
+from slora_dist.model import TaskModel
 from slora_dist.network import Network
 from slora_dist.roundplan import home
 from slora_dist.runfolder import RunFolder
@@ -35,7 +35,7 @@ class Seat:
         self,
         config: Config,
         comm: Metered,
-        classifier: Classifier,
+        classifier: TaskModel,
         federation: Federation,
         folder: RunFolder,
         device: torch.device,
