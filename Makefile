@@ -44,9 +44,9 @@ bench: $(VENV)/.installed  ## every figure of docs/performance.md, on a machine 
 	$(BIN)/python -m benchmarks.scale_model
 
 SECONDS ?= 120
-fuzz: $(VENV)/.installed  ## frames and checkpoints from bytes that want to break them, SECONDS each
+fuzz: $(VENV)/.installed  ## frames, checkpoints and records that want to break their readers, SECONDS each
 	$(BIN)/python -m pip install -q -e '.[fuzz]'
-	for target in frames checkpoints; do OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.run $$target --seconds $(SECONDS) || exit 1; done
+	for target in frames checkpoints records; do OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.run $$target --seconds $(SECONDS) || exit 1; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -122,6 +122,7 @@ class Job:
         if resume and self.folder.exists():
             settings.require_equal(self.folder.config(), self.config)
             self.checkpoint = self.folder.latest()
+            _check_place(self.config, self.checkpoint)
             done = self.checkpoint.values["round"] if self.checkpoint else -1
             self.folder.rewind(done, bool(self.checkpoint and self.checkpoint.values["unjudged"]))
         else:
@@ -143,6 +144,15 @@ class Job:
 def _session(admitted: Admitted | None) -> bytes:
     assert admitted, "comm.encrypt without an admission: nothing to make a key of"
     return admitted.session
+
+
+def _check_place(config: Config, checkpoint: Checkpoint | None) -> None:
+    """Raise ``ConfigError`` when a checkpoint is of a round or a phase that this run has not."""
+    phases = [at for at, phase in enumerate(config.method.resolved()) for _ in range(phase.rounds)]
+    if checkpoint:
+        number, at = checkpoint.values["round"], checkpoint.values["phase"]
+        if not 1 <= number <= len(phases) or phases[number - 1] != at:
+            raise ConfigError("--resume", f"the checkpoint is of round {number} and phase {at}", "a checkpoint of this run's settings")
 
 
 def _at_home(config: Config, rank: int, size: int) -> Sequence[int]:

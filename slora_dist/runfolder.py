@@ -4,6 +4,7 @@ A checkpoint is a folder of its own, complete before the pointer ``latest`` name
 leaves the last good state. So does a disk that is full: what cannot be written is a ``RunError`` that names the file.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from slora_dist.config import Config
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.settings import validate
 
+CHECKSUM = "state.sha256"  # of the other files of a checkpoint
 FINISH_SECONDS = 20.0  # SLURM and torchrun kill a process 30 seconds after they have asked it to leave
 SUMS = "sums"  # a line for each sum of updates that was taken under noise, those of rounds that were played again, too
 RECORDS = ("metrics", "ledger", "timeline", "counters")  # one line a round, a collective, a span of time, a process and round
@@ -80,6 +82,7 @@ class RunFolder:
             draft.mkdir(parents=True)
             save_file({key: tensor.contiguous().cpu() for key, tensor in checkpoint.tensors.items()}, draft / "state.safetensors")
             (draft / "state.json").write_text(json.dumps(checkpoint.values, indent=1), encoding="utf-8")
+            (draft / CHECKSUM).write_text(checksum(draft), encoding="utf-8")
             for path in (*draft.iterdir(), draft):
                 _sync(path)
             shutil.rmtree(base / name, ignore_errors=True)
@@ -124,10 +127,14 @@ class RunFolder:
                 raise ValueError(f"{name[:40]!r} is no checkpoint's name")
             path = pointer.with_name(name) / "state.json"
             values = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(values, dict) or not {"round", "phase"} <= values.keys():
+            if not _is_state(values):
                 raise ValueError("no state of a run")
             path = path.with_name("state.safetensors")
-            return Checkpoint(load_file(path), values)
+            checkpoint = Checkpoint(load_file(path), values)
+            path = path.with_name(CHECKSUM)
+            if path.exists() and path.read_text(encoding="utf-8") != checksum(path.parent):  # those of earlier versions have none
+                raise ValueError("the files beside it are not those that were written")
+            return checkpoint
         except (OSError, SafetensorError, ValueError, RecursionError) as error:  # brackets without end
             cause = str(error).partition("\n")[0]
             raise ConfigError("--resume", f"{path} cannot be read ({cause})", "a run with a complete checkpoint") from None
@@ -166,9 +173,12 @@ class RunFolder:
         if not path.exists():
             return []
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        except (OSError, ValueError) as error:
-            raise ConfigError(str(path), f"cannot be read ({error})", "one JSON object in every line") from None
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+            if not all(isinstance(line, dict) and type(line.get("round")) is int for line in lines):
+                raise ValueError("a line that tells of no round")
+            return lines
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(str(path), f"cannot be read ({error})", "one JSON object with its round in every line") from None
 
     def rewind(self, rounds: int, unjudged: bool = False) -> None:
         """Drop what was noted after round ``rounds``, but for sums: those rounds will be played again.
@@ -217,6 +227,27 @@ class RunFolder:
             raise ConfigError(str(self.path / name), f"cannot be read ({error.__class__.__name__})", "the folder of a run") from None
         assert isinstance(tree, dict)
         return tree
+
+
+def checksum(checkpoint: Path) -> str:
+    """Return the SHA-256 of a checkpoint's two files: a damaged disk shows, where the damage makes no file unreadable."""
+    whole = hashlib.sha256()
+    for name in ("state.json", "state.safetensors"):
+        with (checkpoint / name).open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _is_state(values: Any) -> bool:
+    """Whether these are a checkpoint's values."""
+    if not isinstance(values, dict) or not all(type(values.get(name)) is int and values[name] >= 0 for name in ("round", "phase")):
+        return False
+    records = [values.get(name, 0) for name in ("switch", "score", "unjudged")]
+    score = values.get("score")
+    known = score is None or (
+        isinstance(score, dict) and score.keys() == {"accuracy", "loss"} and {*map(type, score.values())} <= {float, int}
+    )
+    return known and all(record is None or isinstance(record, dict) for record in records)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -279,7 +279,7 @@ def test_yaml_that_breaks_its_reader_gives_one_clear_error(text: str, tmp_path: 
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_in_it_is_unpickled(tmp_path: Path) -> None:
     rng, folder = Rng(2), RunFolder(tmp_path)
-    folder.save(Checkpoint({"offset": torch.arange(50.0)}, {"round": 3, "phase": 0, "switch": None, "score": None}))
+    folder.save(Checkpoint({"offset": torch.arange(50.0)}, {"round": 3, "phase": 0, "switch": None, "score": None, "unjudged": None}))
     state = tmp_path / "checkpoint" / "round-00003" / "state.safetensors"
     values, whole, told = state.with_suffix(".json"), state.read_bytes(), state.with_suffix(".json").read_bytes()
     spoils = [lambda: whole[: rng.randrange(len(whole))], lambda: rng.randbytes(200), lambda: pickle.dumps(Bomb()), lambda: b""]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,11 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def checkpoint(number: int) -> Checkpoint:
-    return Checkpoint({"offset": torch.full((3,), float(number)), "optimizer.step": torch.tensor(2.0)}, {"round": number, "phase": 0})
+    return Checkpoint({"offset": torch.full((3,), float(number)), "optimizer.step": torch.tensor(2.0)}, values(number))
+
+
+def values(number: int) -> dict[str, Any]:
+    return {"round": number, "phase": 0, "switch": None, "score": None, "unjudged": None}
 
 
 def test_who_leaves_in_the_middle_of_waiting_waits_all_the_same(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +126,45 @@ def test_a_damaged_checkpoint_is_said(folder: RunFolder) -> None:
         folder.latest()
 
 
+def test_damage_that_leaves_files_readable_shows_all_the_same(folder: RunFolder) -> None:
+    folder.save(checkpoint(3))
+    for name in ("state.safetensors", "state.json"):
+        path = folder.path / "checkpoint" / "round-00003" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:] if name.endswith("tensors") else whole.replace(b"3", b"4"))
+        with pytest.raises(ConfigError, match=r"state\.sha256 cannot be read \(the files beside it are not those that were written"):
+            folder.latest()
+        path.write_bytes(whole)
+    assert state(folder) == 3
+
+
+@pytest.mark.parametrize("change", [{"phase": 1}, {"round": 9}, {"round": 0}])
+def test_a_checkpoint_of_another_run_is_refused(change: dict[str, int], tmp_path: Path) -> None:
+    made = run(tmp_path / "run", *SHORT, stop_after=1)
+    found = made.latest()
+    assert found
+    made.save(Checkpoint(found.tensors, found.values | change))
+    with pytest.raises(ConfigError, match="--resume: the checkpoint is of round"):
+        run(made.path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["offset", "variate", "optimizer.momentum_buffer", "optimizer.exp_avg"])
+def test_tensors_of_another_run_are_refused(name: str, tmp_path: Path) -> None:
+    made = run(tmp_path / "run", *SHORT, "server.momentum=0.5", stop_after=1)
+    found = made.latest()
+    assert found
+    made.save(Checkpoint(found.tensors | {name: torch.zeros(4)}, found.values))
+    with pytest.raises(RunError, match="the checkpoint"):
+        run(made.path, resume=True)
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", "{}", '{"round": "1"}', "[" * 100_000])
+def test_a_record_without_its_round_is_said(line: str, folder: RunFolder) -> None:
+    (folder.path / "metrics.jsonl").write_text(f'{{"round": 1}}\n{line}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be read"):
+        folder.rewind(1)
+
+
 def test_rewind_drops_what_will_be_played_again(folder: RunFolder) -> None:
     for number in (0, 1, 2, 3):
         folder.append("metrics", [{"round": number}])
@@ -159,7 +203,7 @@ def files_up_to(nbytes: int) -> Iterator[None]:
 def test_a_full_disk_is_named_and_leaves_the_last_good_state(folder: RunFolder) -> None:
     folder.save(checkpoint(1))
     folder.append("metrics", [{"round": 1}])
-    large = Checkpoint({"offset": torch.full((5000,), 2.0)}, {"round": 2, "phase": 0})
+    large = Checkpoint({"offset": torch.full((5000,), 2.0)}, values(2))
     with files_up_to(4000):
         with pytest.raises(RunError, match=r"\.round-00002\.part cannot be written \(.*File too large"):
             folder.save(large)

@@ -6,13 +6,14 @@ FedAvg, FedAvgM, FedAdam and FedYogi are one thing: an optimiser that takes the 
 Legend: N coordinates.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slora_dist.config import ServerConfig
+from slora_dist.errors import RunError
 
 
 class Yogi(torch.optim.Optimizer):
@@ -36,6 +37,9 @@ class Yogi(torch.optim.Optimizer):
                 first.lerp_(parameter.grad, 1 - beta1)
                 second.addcmul_(torch.sign(second - square), square, value=-(1 - beta2))
                 parameter.addcdiv_(first, second.sqrt().add_(eps), value=-lr)
+
+
+MOMENTS = {torch.optim.SGD: ("momentum_buffer",), torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"), Yogi: ("exp_avg", "exp_avg_sq")}
 
 
 class Server:
@@ -77,10 +81,24 @@ class Server:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back what ``state`` returned."""
+        """Take back what ``state`` returned; raises ``RunError`` for what is not of this phase and optimiser."""
         with torch.no_grad():
-            self._offset.copy_(state["offset"])
-            self.variate_n.copy_(state["variate"])
+            self._offset.copy_(take(state, "offset", self.offset_N))
+            self.variate_n.copy_(take(state, "variate", self.variate_n))
         moments = {name.removeprefix("optimizer."): value for name, value in state.items() if name.startswith("optimizer.")}
         if moments:
+            known = MOMENTS[type(self._optimizer)]
+            if moments.keys() != set(known):
+                raise RunError(f"the checkpoint has the moments {', '.join(sorted(moments))[:80]}, this optimiser {', '.join(known)}")
+            for name in known:
+                take(moments, name, torch.tensor(0.0) if name == "step" else self.offset_N)
             self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": {0: moments}})
+
+
+def take(state: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """Return a tensor of a checkpoint; raises ``RunError`` when it is not there, or has not the shape and dtype of ``like``."""
+    found = state.get(name)
+    if found is None or (found.shape, found.dtype) != (like.shape, like.dtype):
+        has = "missing" if found is None else f"{list(found.shape)} of {found.dtype}"
+        raise RunError(f"the checkpoint's {name} is {has}, this run's is {list(like.shape)} of {like.dtype}")
+    return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slora_dist import methods, upload
-from slora_dist.aggregate.server import Server
+from slora_dist.aggregate.server import Server, take
 from slora_dist.agreement import gather_bytes
 from slora_dist.config import AnyPhase, LowrankPhase
 from slora_dist.errors import RunError
@@ -69,9 +69,10 @@ def restore(seat: Seat, at: int, number: int, resumed: Checkpoint | None) -> Sta
     stage = _enter(seat, at, lambda name, _, selection: resend(seat, name, number + 1, selection, mask_B))
     _compare_fingerprints(seat, stage, number + 1)
     if resumed:
-        stage.server = Server(seat.config.server, resumed.tensors["offset"], stage.exchange.variates)
+        stage.server = Server(seat.config.server, stage.held_N, stage.exchange.variates)
         stage.server.restore(resumed.tensors)
-        stage.held_N = resumed.tensors.get("held", stage.held_N)
+        if not stage.exchange.stateless:
+            stage.held_N = take(resumed.tensors, "held", stage.held_N)
         seat.switch, seat.score = resumed.values["switch"], Score(**resumed.values["score"]) if resumed.values["score"] else None
     if not stage.exchange.stateless:
         wire_B = stage.held_N.view(torch.uint8)
@@ -154,7 +155,8 @@ def _restore_base(seat: Seat, number: int, at: int, resumed: Checkpoint | None) 
         earlier = seat.folder.load_base(at) if methods.base_moves(seat.phases[:at], seat.phases[at]) else {}
         later = {name.removeprefix("base."): weight for name, weight in resumed.tensors.items() if name.startswith("base.")}
         seat.base = earlier | later
-    weights = {name: seat.base.get(name, parameter.detach()).cpu() for name, parameter in seat.net.named_parameters()}
+    weights = {name: parameter.detach().cpu() for name, parameter in seat.net.named_parameters()}
+    weights |= {name: take(seat.base, name, weights[name]) for name in seat.base if name in weights}
     wire_B = torch.cat([weight.reshape(-1) for weight in weights.values()]).view(torch.uint8)
     seat.comm.broadcast(wire_B, Label("start", number + 1, "control", {"base": wire_B.numel()}), clients=1)
     pieces = torch.split(wire_B.view(torch.float32), [weight.numel() for weight in weights.values()])

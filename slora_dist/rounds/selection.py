@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slora_dist import upload
+from slora_dist.aggregate.server import take
 from slora_dist.fisher import Selection, squared_gradients
 from slora_dist.ledger import Label
 from slora_dist.roundplan import plan_round
@@ -34,7 +35,8 @@ def choose(seat: Seat, at: int, name: str, number: int, selection: Selection) ->
 
 def resend(seat: Seat, name: str, number: int, selection: Selection, mask_B: Tensor | None) -> Tensor:
     """Bring the mask, which is rank 0's after a run is resumed, to all ranks."""
-    mask_B = torch.empty(sum(selection.down.values()), dtype=torch.uint8) if mask_B is None else mask_B
+    empty_B = torch.empty(sum(selection.down.values()), dtype=torch.uint8)
+    mask_B = take({} if mask_B is None else {"mask": mask_B}, "mask", empty_B) if seat.is_root else empty_B
     seat.comm.broadcast(mask_B, Label(name, number, "control", selection.down), clients=1)
     return mask_B
 
