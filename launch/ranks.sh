@@ -6,6 +6,7 @@
 #   set it where a rank is to come back.
 # A rank R that has died can come back:  RANK=R WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29400 \
 #                                            python -m slora_dist train CONFIG.yaml ... --out RUN --join
+#   GRACE  seconds that the others may take to end after rank 0 (20): then they are killed, one that stands still too
 # Ends with the exit code of rank 0; the others are ended with it.
 set -euo pipefail
 python=${PYTHON:-python}
@@ -22,5 +23,8 @@ done
 code=0
 RANK=0 LOCAL_RANK=0 "$python" -m slora_dist train "$@" || code=$?
 if [ "$code" -ne 0 ] && [ "$code" -ne 3 ] && [ ${#others[@]} -gt 0 ]; then kill "${others[@]}" 2>/dev/null || true; fi
+deadline=$((SECONDS + ${GRACE:-20}))
+while [ ${#others[@]} -gt 0 ] && [ "$SECONDS" -lt "$deadline" ] && kill -0 "${others[@]}" 2>/dev/null; do sleep 0.2; done
+if [ ${#others[@]} -gt 0 ]; then kill -KILL "${others[@]}" 2>/dev/null || true; fi # one that stands still would never end
 wait
 exit "$code"

@@ -31,6 +31,33 @@ def test_a_job_on_one_machine_gets_a_fresh_secret(script: str, tmp_path: Path) -
     assert started(script, tmp_path, SLORA_DIST_SECRET_FILE="file")[1] == "none"
 
 
+STANDS_STILL = """#!/bin/bash
+if [ "${RANK:-$SLURM_PROCID}" = 0 ]; then exit 3; fi
+kill -STOP $$
+"""
+SRUN = """#!/bin/bash
+while [ "$1" != bash ]; do shift; done
+export SLURM_STEP_ID=0
+SLURM_PROCID=1 "$@" &
+echo $! > still
+SLURM_PROCID=0 "$@"
+wait %1 # as srun --wait=0 does
+"""
+SCANCEL = """#!/bin/bash
+[ "$*" = "--signal=KILL 7.0" ] && kill -KILL "$(cat still)"
+"""
+
+
+@pytest.mark.parametrize("script", ["launch/ranks.sh", "slurm/healing.sbatch"])
+def test_a_rank_that_stands_still_does_not_hold_up_the_end(script: str, tmp_path: Path) -> None:
+    """The others have gone on without it, to rank 0's exit code 3; only a kill ends it."""
+    for name, text in {"python": STANDS_STILL, "srun": SRUN, "scancel": SCANCEL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANKS": "3", "GRACE": "1", "SLURM_JOB_ID": "7"}
+    assert subprocess.run(["bash", LAUNCH.parent / script, "a.yaml"], cwd=tmp_path, env=environ, timeout=30, check=False).returncode == 3
+
+
 def test_on_several_machines_torchrun_is_told_the_secret_or_says_that_there_is_none(tmp_path: Path) -> None:
     several = {"NODES": "2", "HEAD": "host1"}
     given, secret, said = started("torchrun.sh", tmp_path, **several)
