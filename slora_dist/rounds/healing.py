@@ -3,6 +3,7 @@
 It is a resumption within the process. Nothing is trained twice: a client's update of the round that broke is kept, and sent again.
 """
 
+from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.errors import RunError, TransportError
 from slora_dist.log import say
 from slora_dist.roundplan import absent, home
@@ -13,7 +14,8 @@ from slora_dist.runfolder import Checkpoint
 def heal(seat: Seat, error: TransportError) -> Checkpoint | None:
     """Bring this rank into the next group, with all that it holds as it was at the beginning; return rank 0's last checkpoint.
 
-    Raises ``error`` where ranks do not heal, and ``RunError`` when this rank is on its own or fewer than ``clients.min_clients`` are left.
+    Raises ``error`` where ranks do not heal, and ``RunError`` when this rank is on its own, when those who are left cannot form a group,
+    or when they are fewer than ``clients.min_clients``.
     """
     if seat.group is None:
         raise error
@@ -21,12 +23,7 @@ def heal(seat: Seat, error: TransportError) -> Checkpoint | None:
     if seat.is_root:
         say(0, f"{seat.where}: {error}; waiting for the others")
     seat.where.operation = "regroup"
-    while True:
-        try:
-            seat.group.regroup()
-            break
-        except TransportError:  # somebody else has died meanwhile: only so often can this happen
-            continue
+    _regroup(seat.group)
     if seat.sealed and seat.group.generations:
         seat.sealed.restart(seat.group.generations.number)
     _enough(seat, number)
@@ -41,6 +38,22 @@ def heal(seat: Seat, error: TransportError) -> Checkpoint | None:
     seat.folder.rewind(done if checkpoint else -1, bool(checkpoint and checkpoint.values["unjudged"]))
     say(0, f"going on with ranks {', '.join(map(str, seat.comm.members))} from round {done + 1}")
     return checkpoint
+
+
+def _regroup(group: TorchComm) -> None:
+    """Form the next group. One may die while it is formed, and then it is tried again; rank 0 gives up where it fails and all live."""
+    assert group.generations
+    failed, lost = 0, len(group.generations.losses)
+    while True:
+        try:
+            group.regroup()
+            return
+        except TransportError as error:
+            now = len(group.generations.losses)
+            failed, lost = 1 if now > lost else failed + 1, now
+            if group.rank == 0 and failed >= group.size:
+                problem = f"rank 0: {failed} groups in a row were not formed, and nobody is gone: can all ranks reach each other?"
+                raise RunError(f"{problem} ({error})") from error
 
 
 def _note(seat: Seat, number: int) -> None:
