@@ -60,6 +60,14 @@ def test_a_run_that_died_before_its_pointer_goes_on_from_the_round_before(tmp_pa
     assert straight.summary()["payload_bytes"]["by_phase"] == broken.summary()["payload_bytes"]["by_phase"]
 
 
+def test_a_stop_before_what_is_done_plays_no_round(tmp_path: Path) -> None:
+    """In the middle of a phase, and where the next one would begin."""
+    for done in (1, 2):
+        stopped = run(tmp_path / str(done), *short(), stop_after=done)
+        run(stopped.path, resume=True, stop_after=1)
+        assert len(stopped.lines("metrics")) == done and not (stopped.path / "summary.json").exists()
+
+
 def test_a_finished_run_resumed_says_the_same_again(tmp_path: Path) -> None:
     straight, again = run(tmp_path / "straight", *short()), run(tmp_path / "again", *short())
     run(again.path, resume=True)

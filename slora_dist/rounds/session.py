@@ -77,20 +77,20 @@ class Session:
         self._unjudged = resumed.values["unjudged"] if resumed else None
         at, done = tell(self.comm, position, Label("start", position[1] + 1, "control", {"position": 16}))
         stage = phases.restore(self.seat, at, done, resumed) if done else phases.begin(self.seat, 0, None)
+        end = self.rounds if stop_after is None else min(self.rounds, max(done, stop_after))
         while True:
-            last = stage.first + stage.phase.rounds - 1
+            last = min(end, stage.first + stage.phase.rounds - 1)
             for number in range(done + 1, last + 1):
                 yield from self._round(stage, number)
-                if stop_after is not None and stop_after <= number < self.rounds:
-                    yield from self._catch_up(stage, number)
-                    self.folder.wait()
-                    return
             done = last
-            if stage.at + 1 == len(self.seat.phases):
+            if done == end:
                 break
             stage = phases.begin(self.seat, stage.at + 1, stage)
+        if end < self.rounds:
+            yield from self._catch_up(stage, end)
+        else:
+            self._last = stage
         self.folder.wait()
-        self._last = stage
 
     def result(self) -> Result | None:
         """Return rank 0's result, the network back at its base weights, or None when ``play`` stopped before the last round."""
