@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 import slora_dist
@@ -35,6 +36,16 @@ SHOWN = 200  # characters of a value that an error shows
 GIVEN = "the launcher's SLORA_DIST_SECRET or SLORA_DIST_SECRET_FILE, the same on every rank"
 
 Problem = list[str]  # what a ConfigError says: setting, problem, allowed
+
+
+@dataclass(frozen=True)
+class _Account:
+    version: str
+    settings: dict[str, Any]
+    problem: tuple[str, str, str] | None
+
+
+_ACCOUNT = TypeAdapter(_Account)
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ def account(config: Config) -> bytes:
 
 def judge(config: Config, rank: int, account: bytes) -> ConfigError | None:
     """Return why rank 0 refuses a rank that joins with this ``account`` of itself, or None."""
-    refused = _mismatch(rank, json.loads(account), _mine(config, None))
+    refused = _mismatch(rank, account, _mine(config, None))
     return ConfigError(*refused[1]) if refused else None
 
 
@@ -143,18 +154,22 @@ def _judge(secret: bytes, challenge: bytes, rank: int, frame: bytes, mine: Mappi
     if not secrecy.holds(claimed, secret, b"answer", challenge, _number(rank), body):
         has = "does not hold the secret of rank 0" if secret else "holds a secret, or garbles it, and rank 0 finds none"
         return rank, [secrecy.VARIABLE, f"rank {rank} {has}", GIVEN]
-    return _mismatch(rank, json.loads(_told(body[NONCE_BYTES:])), mine)
+    return _mismatch(rank, _told(body[NONCE_BYTES:]), mine)
 
 
-def _mismatch(rank: int, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tuple[int, Problem] | None:
-    """Return (rank, why) when a rank means another run than rank 0 or cannot take part, else None."""
-    if theirs["version"] != mine["version"]:
-        problem = f"rank {rank} runs version {theirs['version']}, rank 0 {mine['version']}"
+def _mismatch(rank: int, text: bytes, mine: Mapping[str, Any]) -> tuple[int, Problem] | None:
+    """Return (rank, why) when a rank, by the ``text`` of its account, means another run than rank 0 or cannot take part, else None."""
+    try:
+        theirs = _ACCOUNT.validate_json(text)
+    except ValidationError:  # without a secret anybody may have written it
+        return rank, ["slora_dist", f"rank {rank} tells of itself what cannot be read", "the same version on every rank"]
+    if theirs.version != mine["version"]:
+        problem = f"rank {rank} runs version {theirs.version}, rank 0 {mine['version']}"
         return rank, ["slora_dist", _clip(problem), "the same on every rank"]
-    if theirs["problem"]:
-        setting, problem, allowed = theirs["problem"]
+    if theirs.problem:
+        setting, problem, allowed = theirs.problem
         return rank, [setting, _clip(f"on rank {rank}: {problem}" if rank else problem), _clip(allowed)]
-    found = difference(mine["settings"], theirs["settings"])
+    found = difference(mine["settings"], theirs.settings)
     if found:
         name, here, there = found
         problem = f"rank {rank} has {_clip(repr(there))}, rank 0 has {_clip(repr(here))}"

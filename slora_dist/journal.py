@@ -9,9 +9,49 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from slora_dist.counters import Counters, place
-from slora_dist.ledger import Entry, Label, Ledger, Row, Timing, line
+from slora_dist.errors import RunError
+from slora_dist.ledger import Entry, Ledger, Row, line
+
+
+@dataclass(frozen=True)
+class _Span:
+    round: int
+    phase: str
+    what: str
+    client: int | None
+    began: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Counted:
+    host: str
+    round: int
+    tcp: dict[str, int]
+    interfaces: dict[str, dict[str, int]]
+    infiniband: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What a rank's notes must be: they come from another process, which may be damaged or mean harm."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
+
+    entries: list[Entry]
+    broken: list[Entry]
+    spans: list[_Span]
+    counters: _Counted
+    place: str
+
+
+_NOTES = TypeAdapter(_Notes)
 
 
 class Journal:
@@ -53,16 +93,14 @@ def settle(notes: Mapping[int, bytes], shifts: Mapping[int, float]) -> dict[str,
 
     ``shifts[rank]`` is what a rank's monotonic clock lacks to Unix time on rank 0's clock, in seconds.
     """
-    parsed = {rank: json.loads(text) for rank, text in notes.items()}
-    entries = {rank: [_entry(row) for row in rows["entries"]] for rank, rows in parsed.items()}
+    parsed = {rank: _read(rank, text) for rank, text in notes.items()}
+    entries = {rank: rows.entries for rank, rows in parsed.items()}
     timeline = [
-        {"rank": rank, **span, "began": round(span["began"] + shifts[rank], 6), "seconds": round(span["seconds"], 6)}
+        {"rank": rank, **vars(span), "began": round(span.began + shifts[rank], 6), "seconds": round(span.seconds, 6)}
         for rank, rows in parsed.items()
-        for span in rows["spans"]
+        for span in rows.spans
     ]
-    broken = [
-        line(rank, entry, entry.timing.began + shifts[rank], 0.0) for rank, rows in parsed.items() for entry in map(_entry, rows["broken"])
-    ]
+    broken = [line(rank, entry, entry.timing.began + shifts[rank], 0.0) for rank, rows in parsed.items() for entry in rows.broken]
     return {"ledger": _lines(entries, shifts) + broken, "timeline": timeline, "counters": _counters(parsed)}
 
 
@@ -70,25 +108,29 @@ def _noted(entry: Entry) -> Row:
     return {**vars(entry), "label": vars(entry.label), "timing": vars(entry.timing)}
 
 
-def _entry(row: Row) -> Entry:
-    return Entry(Label(**row["label"]), row["op"], row["clients"], row["transport_bytes"], Timing(**row["timing"]), row["varying"])
+def _read(rank: int, text: bytes) -> _Notes:
+    try:
+        return _NOTES.validate_json(text)
+    except ValidationError as error:
+        raise RunError(f"rank {rank}: its notes of the round cannot be read ({error.errors()[0]['msg']})") from None
 
 
-def _counters(parsed: Mapping[int, Row]) -> list[Row]:
+def _counters(parsed: Mapping[int, _Notes]) -> list[Row]:
     """Keep the interfaces of a host once: all ranks on it have read the same ones."""
     seen: set[str] = set()
     rows = []
     for rank, notes in parsed.items():
-        counters = {"rank": rank, **notes["counters"]}
-        if notes["place"] in seen:
+        counters = {"rank": rank, **vars(notes.counters)}
+        if notes.place in seen:
             counters |= {"interfaces": {}, "infiniband": {}}
-        seen.add(notes["place"])
+        seen.add(notes.place)
         rows.append(counters)
     return rows
 
 
 def _lines(entries: Mapping[int, Sequence[Entry]], shifts: Mapping[int, float]) -> list[Row]:
     """Compare the ranks collective by collective: all of them have gone through the same ones in the same order."""
+    _compare(entries)
     waits: dict[int, list[float]] = {rank: [] for rank in entries}
     for collective in zip(*entries.values(), strict=True):
         ranks = dict(zip(entries, collective, strict=True))
@@ -100,6 +142,17 @@ def _lines(entries: Mapping[int, Sequence[Entry]], shifts: Mapping[int, float]) 
         for rank, own in entries.items()
         for entry, wait in zip(own, waits[rank], strict=True)
     ]
+
+
+def _compare(entries: Mapping[int, Sequence[Entry]]) -> None:
+    """Raise ``RunError`` where the notes of a rank tell of other collectives than the first one's, or of other messages in them."""
+    first, *others = entries
+    for rank in others:
+        if [entry.op for entry in entries[rank]] != [entry.op for entry in entries[first]]:
+            raise RunError(f"rank {rank}: its notes of the round tell of other collectives than rank {first}'s")
+        for root, own in zip(entries[first], entries[rank], strict=True):
+            if len(own.timing.ready) != list(root.timing.senders).count(rank):
+                raise RunError(f"rank {rank}: its notes of the round tell of {len(own.timing.ready)} messages in a {own.op}")
 
 
 def _moving(ranks: Mapping[int, Entry], shifts: Mapping[int, float]) -> dict[int, float]:

@@ -11,7 +11,7 @@ Legend: N coordinates, M masked coordinates, S blocks with a scale, B bytes, n a
 import struct
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from math import prod
+from math import isfinite, prod
 from zlib import crc32
 
 import torch
@@ -60,7 +60,10 @@ class Header:
 
     @staticmethod
     def unpack(header_B: Tensor, expected: "Header") -> "Header":
-        """Read 64 bytes and hold them against who and what was ``expected`` now; raises ``RunError`` naming the field that differs."""
+        """Read 64 bytes and hold them against who and what was ``expected`` now; raises ``RunError`` naming the field that differs.
+
+        Of the expected figures only ``num_examples`` counts, which may be a weight: 0 where nobody but the client knows it.
+        """
         packed = header_B.cpu().numpy().tobytes()
         magic, version, why, *fields = _HEADER.unpack(packed[: _HEADER.size])
         if magic != _MAGIC or version != _VERSION:
@@ -73,8 +76,13 @@ class Header:
         for name in ("client", "phase", "round", "body_bytes"):
             if getattr(header, name) != getattr(expected, name):
                 raise RunError(f"message of client {expected.client}: {name} {getattr(header, name)}, expected {getattr(expected, name)}")
+        if not (isfinite(header.loss) and isfinite(header.seconds) and header.seconds >= 0):
+            raise RunError(f"message of client {expected.client}: loss {header.loss}, {header.seconds} seconds of training")
         if header.num_examples < 1 and not header.reason:
             raise RunError(f"message of client {expected.client}: trained on no example")
+        if expected.num_examples and header.num_examples != expected.num_examples and not header.reason:
+            documents = f"{header.num_examples} examples, it has {expected.num_examples}"
+            raise RunError(f"message of client {expected.client}: trained on {documents}")
         if header.num_examples and header.reason:
             raise RunError(f"message of client {expected.client}: left out, and trained on {header.num_examples} examples")
         return header

@@ -45,7 +45,7 @@ def update(client: int) -> Tensor:
 def upload(bits: SumBits, by_examples: bool, size: int) -> Upload:
     wire = Fixed(SUPPORT, bits)
     ranks = [1 + at % (size - 1) if size > 1 else 0 for at in range(len(CLIENTS))]
-    expected = [Header(client, 0, 1, 1, 0.0, 0.0, wire.nbytes) for client in CLIENTS]
+    expected = [Header(client, 0, 1, 0, 0.0, 0.0, wire.nbytes) for client in CLIENTS]
     return Upload(wire, Label("sparse", 1, "up", wire.by_kind()), expected, ranks, by_examples)
 
 

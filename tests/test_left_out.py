@@ -37,7 +37,7 @@ def delta(client: int) -> Tensor:
 
 def mean(wire: Any, way: str, reasons: dict[int, str], absent_count: bool = False, **options: Any) -> Tensor:
     """The mean of the updates of clients 0 to 3, of whom some are left out."""
-    expected = [Header(client, 0, 1, 1, 0.0, 0.0, wire.nbytes) for client in range(4)]
+    expected = [Header(client, 0, 1, 0, 0.0, 0.0, wire.nbytes) for client in range(4)]
     label = Label("p", 1, "up", wire.by_kind())
     job = upload.Upload(wire, label, expected, [0] * 4, by_examples=not absent_count, absent_count=absent_count)
 
@@ -86,7 +86,7 @@ def test_where_noise_was_measured_for_all_a_client_left_out_counts_as_zero() -> 
 
 def test_a_header_tells_the_reason_and_no_other() -> None:
     header = Header(2, 0, 1, 0, 0.0, 0.1, 4 * N, reason="late")
-    expected = Header(2, 0, 1, 1, 0.0, 0.0, 4 * N)
+    expected = Header(2, 0, 1, 3, 0.0, 0.0, 4 * N)
     assert Header.unpack(header.pack(), expected) == header and header.pack().numel() == HEADER_BYTES
     with pytest.raises(RunError, match="client 2: left out, and trained on 5 examples"):
         Header.unpack(Header(2, 0, 1, 5, 0.0, 0.1, 4 * N, reason="late").pack(), expected)

@@ -34,7 +34,7 @@ def _reference(by_examples: bool) -> Tensor:
 def _play(metered: Metered, way: str, by_examples: bool) -> dict[str, Any] | None:
     ranks = [1 + at % (metered.size - 1) if metered.size > 1 else 0 for at in range(len(CLIENTS))]
     wire = Wire(Support([Slot.whole("weight", (N,), "value")]), "float32", "implicit")
-    expected = [Header(client, 0, 1, 1, 0.0, 0.0, wire.nbytes) for client in CLIENTS]
+    expected = [Header(client, 0, 1, 0, 0.0, 0.0, wire.nbytes) for client in CLIENTS]
     job = upload.Upload(wire, Label("dense", 1, "up", wire.by_kind()), expected, ranks, by_examples)
 
     def updates() -> Iterator[tuple[Header, Tensor]]:

@@ -43,6 +43,10 @@ class Federation:
             self.sizes = [len(part) - held_out(len(part), config.clients.holdout) for part in self._parts]
         self.tokenizer = tokenizer or self._words()
 
+    def trains_on(self, client: int) -> int:
+        """Return how many documents a client trains on; 0 where other ranks cannot know."""
+        return self.sizes[client] if self.sizes else 0
+
     def open(self, clients: Sequence[int]) -> None:
         """Read and tokenise these clients' own files now, so that a bad one is found before training; one shared source waits."""
         if self._config.client_files:

@@ -125,7 +125,8 @@ def _take_over(seat: Seat, previous: Stage, stage: Stage, learned: Mapping[str, 
     factored = partial(methods.factored, stage.phase, seat.classifier, learned, previous.coordinates)
     if _spreads(seat, stage.phase):
         layers = methods.factorable(stage.phase, seat.classifier, previous.coordinates)
-        return spread(seat.comm, layers, factored, stage.label(stage.first, "control", {"factors": 0}))
+        pairs = {pair.layer: pair for pair in stage.pairs}
+        return spread(seat.comm, layers, factored, pairs, stage.label(stage.first, "control", {"factors": 0}))
     return factored() if seat.is_root else {}
 
 

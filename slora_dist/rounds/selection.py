@@ -24,7 +24,10 @@ def choose(seat: Seat, at: int, name: str, number: int, selection: Selection) ->
     seat.where.operation = "choice of the mask"
     plan = plan_round(seat.config, number, seat.comm.size, seat.federation.sizes, seat.comm.members)
     seat.network.begin(plan, number)
-    expected = [Header(client, at, number, 1, 0.0, 0.0, selection.wire.nbytes) for client in plan.clients]
+    phase = seat.phases[at]
+    assert phase.kind == "sparse"
+    drawn = {client: min(phase.mask_documents, seat.federation.trains_on(client)) for client in plan.clients}
+    expected = [Header(client, at, number, drawn[client], 0.0, 0.0, selection.wire.nbytes) for client in plan.clients]
     by_examples = seat.config.server.weighting == "examples"
     job = Upload(selection.wire, Label(name, number, "up", selection.up), expected, plan.ranks, by_examples)
     received = upload.gather(seat.comm, job, _scores(seat, at, number, plan.played_by(seat.comm.rank), selection))

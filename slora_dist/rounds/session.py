@@ -176,7 +176,8 @@ class Session:
         """
         message = stage.exchange.up(number)
         wire = message.wires.up
-        expected = [Header(client, stage.at, number, 1, 0.0, 0.0, wire.nbytes) for client in plan.clients]
+        documents = self.seat.federation.trains_on
+        expected = [Header(client, stage.at, number, documents(client), 0.0, 0.0, wire.nbytes) for client in plan.clients]
         by_examples, holds = self.config.server.weighting == "examples", stage.exchange.holds
         label, bounded = stage.label(number, "up", wire.by_kind()), self.config.privacy.clip is not None
         job = Upload(wire, label, expected, plan.ranks, by_examples, holds, absent_count=bounded)
