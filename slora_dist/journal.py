@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from slora_dist.counters import Counters, place
 from slora_dist.errors import RunError
-from slora_dist.ledger import Entry, Ledger, Row, line
+from slora_dist.ledger import Entry, Ledger, Row, broken_off, line
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,23 @@ class _Notes:
 _NOTES = TypeAdapter(_Notes)
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What a rank told of round ``number``. It knows that rank 0 has all of it only when the next round begins."""
+
+    number: int = 0
+    entries: Sequence[Entry] = ()
+    broken: Sequence[Entry] = ()
+    spans: Sequence[Row] = ()
+
+
 class Journal:
     """This rank's notes since they were last taken."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._spans: list[Row] = []
+        self._told = _Told()
         self._counters = Counters()
         self._place = place()
 
@@ -75,10 +86,11 @@ class Journal:
         self._spans.append({"round": number, "phase": phase, "what": what, "client": client, "began": began, "seconds": seconds})
 
     def take(self, number: int) -> bytes:
-        """Return the notes since the last call as JSON, and forget them; kernel counters are those of round ``number``."""
+        """Return the notes since the last call as JSON, for rank 0 to collect; kernel counters are those of round ``number``."""
         broken, self.ledger.broken = self.ledger.broken, []
+        self._told = _Told(number, self.ledger.take(), broken, self._spans)
         notes = {
-            "entries": [_noted(entry) for entry in self.ledger.take()],
+            "entries": [_noted(entry) for entry in self._told.entries],
             "broken": [_noted(entry) for entry in broken],
             "spans": self._spans,
             "counters": {"host": socket.gethostname(), "round": number, **self._counters.since()},
@@ -86,6 +98,13 @@ class Journal:
         }
         self._spans = []
         return json.dumps(notes).encode()
+
+    def recall(self, done: int) -> None:
+        """Take back what was told last, of collectives that came to nothing, unless rank 0 had it: the run goes on after round ``done``."""
+        if self._told.number > done:
+            self.ledger.broken = [*self._told.broken, *map(broken_off, self._told.entries), *self.ledger.broken]
+            self._spans = [*self._told.spans, *self._spans]
+        self._told = _Told()
 
 
 def settle(notes: Mapping[int, bytes], shifts: Mapping[int, float]) -> dict[str, list[Row]]:

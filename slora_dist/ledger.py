@@ -65,17 +65,20 @@ class Ledger:
 
     def break_off(self) -> None:
         """Turn what was noted since the last ``take`` into bytes of collectives that came to nothing: their round is played again."""
-        for entry in self.entries:
-            label = Label(entry.label.phase, entry.label.round, "control", {BROKEN: sum(entry.label.by_kind.values())})
-            timing = Timing(entry.timing.began, entry.timing.seconds)
-            varying = {BROKEN: sum(payload(entry).values())} if entry.varying else {}
-            self.broken.append(replace(entry, label=label, timing=timing, varying=varying))
+        self.broken += map(broken_off, self.entries)
         self.entries = []
 
     def take(self) -> list[Entry]:
         """Return the entries since the last call, and forget them."""
         entries, self.entries = self.entries, []
         return entries
+
+
+def broken_off(entry: Entry) -> Entry:
+    """Return the entry of a collective that came to nothing: its bytes, whatever they were."""
+    label = Label(entry.label.phase, entry.label.round, "control", {BROKEN: sum(entry.label.by_kind.values())})
+    varying = {BROKEN: sum(payload(entry).values())} if entry.varying else {}
+    return replace(entry, label=label, timing=Timing(entry.timing.began, entry.timing.seconds), varying=varying)
 
 
 def payload(entry: Entry) -> dict[str, int]:

@@ -58,6 +58,19 @@ def test_spans_are_put_on_the_clock_of_rank_0() -> None:
     assert settle({1: journal.take(2)}, SHIFTS)["timeline"] == []
 
 
+def test_notes_that_rank_0_did_not_get_are_told_again_as_broken() -> None:
+    journal = Journal(Ledger(1))
+    journal.ledger.add(UP, "gather", 1, 8, Timing(1.0, 2.0, ready=(1.5,)))
+    journal.note("train", "sparse", 1, 1.0, 2.0)
+    lost = settle({1: journal.take(1)}, SHIFTS)
+    journal.recall(0)
+    again = settle({1: journal.take(1)}, SHIFTS)
+    assert again["timeline"] == lost["timeline"]
+    assert [(line["kind"], line["payload_bytes"], line["transport_bytes"]) for line in again["ledger"]] == [("broken", 8, 8)]
+    journal.recall(1)
+    assert settle({1: journal.take(2)}, SHIFTS)["ledger"] == [], "rank 0 had finished the round"
+
+
 def test_interfaces_are_told_once_a_host() -> None:
     notes = {rank: Journal(Ledger(rank)).take(1) for rank in (0, 1, 2)}
     elsewhere = json.loads(notes[2]) | {"place": "another host"}

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from slora_dist.comm.base import Communicator
-from slora_dist.ledger import Label, Ledger, Timing
+from slora_dist.errors import TransportError
+from slora_dist.ledger import BROKEN, Entry, Label, Ledger, Timing
 from slora_dist.wire import HEADER_BYTES
 
 
@@ -44,12 +45,17 @@ class Metered:
         arrived: dict[int, tuple[float, float]] = {}
         received = 0
         clock.start()
-        for item in self.comm.gather(made, senders, nbytes):
-            received += self.carried(item[2].numel()) * (senders[item[0]] != self.rank)
-            clock.stop()
-            arrived[item[0]] = (clock.now, clock.outside)
-            yield item
-            clock.start()
+        try:
+            for item in self.comm.gather(made, senders, nbytes):
+                received += self.carried(item[2].numel()) * (senders[item[0]] != self.rank)
+                clock.stop()
+                arrived[item[0]] = (clock.now, clock.outside)
+                yield item
+                clock.start()
+        except TransportError:  # what was handed over or has arrived has travelled
+            if made.sizes or received:
+                self.ledger.broken.append(self._broken(label, len(made.sizes), made.sizes, received, clock))
+            raise
         clock.stop()
         moved = received + (sum(map(self.carried, made.sizes)) if self.rank else 0)
         clients, varying = len(made.sizes) if nbytes is not None or header else 1, dict[str, int]()
@@ -61,6 +67,13 @@ class Metered:
         if header:
             control = Label(label.phase, label.round, "control", {"header": HEADER_BYTES})
             self.ledger.add(control, "gather", len(made.sizes), 0, Timing(clock.began, 0.0))
+
+    def _broken(self, label: Label, clients: int, sizes: Sequence[int], received: int, clock: "_Clock") -> Entry:
+        """Return the entry of a gather that broke: this rank's messages until then, on rank 0 what had arrived of the others'."""
+        clock.stop()
+        moved = received + (sum(map(self.carried, sizes)) if self.rank else 0)
+        control = Label(label.phase, label.round, "control", {BROKEN: 0})
+        return Entry(control, "gather", clients, moved, Timing(clock.began, clock.seconds), {BROKEN: sum(sizes)})
 
     def reduce(self, values: Tensor, label: Label, clients: int) -> None:
         """Sum ``values`` of all ranks to rank 0, in place; this rank's part sums ``clients`` clients."""

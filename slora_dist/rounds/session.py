@@ -76,6 +76,7 @@ class Session:
         self.clocks, self.clock_error = synchronize(self.comm)
         self._unjudged = resumed.values["unjudged"] if resumed else None
         at, done = tell(self.comm, position, Label("start", position[1] + 1, "control", {"position": 16}))
+        self.journal.recall(done)
         stage = phases.restore(self.seat, at, done, resumed) if done else phases.begin(self.seat, 0, None)
         end = self.rounds if stop_after is None else min(self.rounds, max(done, stop_after))
         while True:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
@@ -12,6 +13,7 @@ from slora_dist.comm import metered
 from slora_dist.comm.alone import Alone
 from slora_dist.comm.metered import Metered
 from slora_dist.comm.torch_comm import TorchComm
+from slora_dist.errors import TransportError
 from slora_dist.ledger import Label, Ledger
 from slora_dist.ledger import line as ledger_line
 from slora_dist.wire import HEADER_BYTES
@@ -55,6 +57,33 @@ def test_payload_is_the_same_in_every_world(tmp_path: Path) -> None:
         assert sum(other["clients"] for other in same) == line["clients"] == len(SENDERS)
     assert [line["payload_bytes"] for line in alone] == [400, 400, 4 * HEADER_BYTES, 400]
     assert alone[0]["bytes_by_kind"] == {"values": 240, "head": 160}
+
+
+class Broken(Alone):
+    """A world whose gathers break when ``after`` messages have gone, or have come."""
+
+    def __init__(self, rank: int, after: int) -> None:
+        super().__init__()
+        self.rank, self.size, self.after = rank, 3, after
+
+    def gather(self, messages: Any, senders: Any, nbytes: Any) -> Iterator[Any]:
+        for at in range(self.after):
+            if self.rank == 0:
+                yield at, 0, torch.zeros(nbytes, dtype=torch.uint8)
+            else:
+                next(messages)
+        raise TransportError("gather failed")
+
+
+def test_what_travelled_before_a_gather_broke_is_noted() -> None:
+    for rank, senders, moved in ((0, [1, 2, 1], 200), (1, [1, 1, 1], 200)):
+        ledger = Ledger(rank)
+        with pytest.raises(TransportError):
+            list(Metered(Broken(rank, 2), ledger).gather(iter([torch.zeros(100, dtype=torch.uint8)] * 3), senders, UP, 100))
+        assert not ledger.entries
+        (line,) = [ledger_line(rank, entry, 0.0, 0.0) for entry in ledger.broken]
+        assert (line["kind"], line["op"], line["transport_bytes"]) == ("broken", "gather", moved)
+        assert line["payload_bytes"] == (0 if rank == 0 else 200) == sum(line["bytes_by_kind"].values())
 
 
 def test_transport_is_what_a_rank_handed_over_or_took(tmp_path: Path) -> None:
