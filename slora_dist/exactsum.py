@@ -44,8 +44,8 @@ def exact(comm: Metered, upload: Upload, updates: Updates, collective: str, secu
     headers, sum_N, spent = (_reduce if collective == "reduce" else _gather)(comm, upload, wire, messages)
     if comm.rank:
         return None
-    mean_N = fixed.mean(sum_N, upload.total(headers), exponent)
-    return Received(headers, mean_N, spent, left_out=left_out(headers))
+    weight = upload.total(headers)
+    return Received(headers, fixed.mean(sum_N, weight, exponent), weight, spent, left_out=left_out(headers))
 
 
 def _agree(comm: Metered, upload: Upload, own: Sequence[float], wire: Fixed) -> int:

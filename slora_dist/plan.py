@@ -70,9 +70,13 @@ def full_finetuning(config: Config, classifier: TaskModel) -> dict[Direction, in
 
 
 def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict[str, Any]:
-    """Return a phase's row: ``message_bytes`` are those of its first round, ``client_bytes`` those of a client in all of its rounds."""
-    first, rounds = exchange.up(exchange.first).wires, exchange.numbers()
-    down = [message for number in rounds for message in [*exchange.down(number), *exchange.folds()]]
+    """Return a phase's row: ``message_bytes`` are those of its first round, ``client_bytes`` those of a client in all of its rounds.
+
+    Where ranks differ, both are those of a client of the largest.
+    """
+    first, rounds = exchange.largest(exchange.first), exchange.numbers()
+    up = [message for number in rounds for message in exchange.up(number)]
+    down = [message for number in rounds for message in [*exchange.down(number), *exchange.folds(number)]]
     faithful = list(exchange.faithful())
     chosen = exchange.selection
     judging = sum(len(present(config, number, 1, (0,))) for number in rounds if personal.due(config, number))
@@ -93,7 +97,7 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
         "selection_bytes": selected,
         "evaluation_bytes": {"up": personal.SCORE_BYTES * judging, "down": exchange.whole.down.nbytes * judging},
         "payload_bytes": {
-            "up": (sum(exchange.up(number).wires.up.nbytes for number in rounds) + selected["up"]) * config.sampled,
+            "up": sum(message.wires.up.nbytes * len(message.clients) for message in up) + selected["up"] * config.sampled,
             "down": sum(message.wires.down.nbytes * len(message.clients) for message in down)
             + (handover + selected["down"]) * config.clients.count,
         },

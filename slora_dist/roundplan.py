@@ -20,6 +20,11 @@ class RoundPlan:
         """Return the clients that ``rank`` plays, in order."""
         return [client for client, player in zip(self.clients, self.ranks, strict=True) if player == rank]
 
+    def only(self, clients: Collection[int]) -> "RoundPlan":
+        """Return the plan of some of its clients."""
+        chosen = [(client, rank) for client, rank in zip(self.clients, self.ranks, strict=True) if client in clients]
+        return RoundPlan(tuple(client for client, _ in chosen), tuple(rank for _, rank in chosen))
+
 
 def workers(size: int) -> range:
     """Return the ranks that play clients: all but rank 0, which in a world of one plays everybody."""

@@ -8,8 +8,10 @@ server holds, and what a sparse phase hands over: the accumulated update.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from math import prod
 from typing import Literal, get_args
@@ -23,6 +25,8 @@ from slora_dist.seeding import derive
 
 Kind = Literal["value", "bias", "norm", "adapter", "factor_a", "factor_b", "head", "variate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Band = tuple[Fraction, Fraction]  # of every factor's rank the share from .. up to ..; what is no factor belongs to what begins at 0
+WHOLE: Band = (Fraction(0), Fraction(1))
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,13 @@ class Support:
             counts[slot.kind] = counts.get(slot.kind, 0) + slot.count
         return counts
 
-    def part(self, kinds: Collection[Kind]) -> "Part":
-        """Return the coordinates of some kinds as a part of these."""
-        if kinds and all(slot.kind in kinds for slot in self.slots):
+    def part(self, kinds: Collection[Kind], band: Band = WHOLE) -> "Part":
+        """Return the coordinates of some kinds, of factors those within ``band``, as a part of these."""
+        if kinds and band == WHOLE and all(slot.kind in kinds for slot in self.slots):
             return Part(self, None)
-        chosen = [(slot, span) for slot, span in self.spans() if slot.kind in kinds]
-        spans = [torch.arange(span.start, span.stop) for _, span in chosen]
-        return Part(Support([slot for slot, _ in chosen]), torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64))
+        chosen = [_banded(slot, span, band) for slot, span in self.spans() if slot.kind in kinds]
+        places = [places_n for _, places_n in chosen]
+        return Part(Support([slot for slot, _ in chosen]), torch.cat(places) if places else torch.empty(0, dtype=torch.int64))
 
     def read(self, model: nn.Module) -> Tensor:
         """Return the model's values at the coordinates, float32 of length N."""
@@ -187,3 +191,23 @@ class Part:
     def spread(self, part_n: Tensor, numel: int) -> Tensor:
         """Return a vector of the whole, of ``numel`` entries, that is zero but for the part."""
         return part_n if self.index_n is None else self.merge(torch.zeros(numel, dtype=part_n.dtype), part_n)
+
+    def only(self, whole_N: Tensor) -> Tensor:
+        """Return a vector of the whole with zeros outside the part."""
+        return self.spread(self.take(whole_N), whole_N.numel())
+
+
+def leading(rank: int, portion: Fraction) -> int:
+    """Return how many of ``rank`` a portion is, rounded up."""
+    return math.ceil(portion * rank)
+
+
+def _banded(slot: Slot, span: slice, band: Band) -> tuple[Slot, Tensor]:
+    """Return what a slot has within a band, rows of A or columns of B, and the places of that."""
+    places_n = torch.arange(span.start, span.stop)
+    if slot.kind not in ("factor_a", "factor_b"):
+        return (slot, places_n) if not band[0] else (Slot.whole(slot.name, (0,), slot.kind), places_n[:0])
+    axis = int(slot.kind == "factor_b")
+    low, high = (leading(slot.shape[axis], end) for end in band)
+    places = places_n.view(slot.shape).narrow(axis, low, high - low)
+    return Slot.whole(slot.name, places.shape, slot.kind), places.reshape(-1)

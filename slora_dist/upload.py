@@ -22,6 +22,7 @@ from slora_dist.comm.metered import Metered
 from slora_dist.errors import RunError
 from slora_dist.fixed import Fixed
 from slora_dist.ledger import Label
+from slora_dist.support import Part
 from slora_dist.topk import TopK
 from slora_dist.wire import HEADER_BYTES, Body, Header, Wire, frame
 
@@ -61,7 +62,8 @@ class Upload:
 
 @dataclass(frozen=True)
 class Received:
-    """What rank 0 has after an upload: headers in client order, the mean update, the seconds spent on adding, and updates if kept.
+    """What rank 0 has after an upload: headers in client order, the mean update and the weight that it is of, the seconds spent on adding,
+    and updates if kept.
 
     ``left_out`` are the clients without an update that is a finite number, and why; ``distrusted`` those whom a robust aggregate did not
     believe.
@@ -69,10 +71,18 @@ class Received:
 
     headers: list[Header]
     mean_N: Tensor
+    weight: float
     seconds: float
     kept: Kept | None = None
     left_out: Mapping[int, str] = field(default_factory=dict)
     distrusted: Mapping[int, str] = field(default_factory=dict)
+
+    def sound(self) -> tuple[list[int], list[float], list[Tensor]]:
+        """Return clients, weights and updates of those whose kept updates are sound; nothing where none are kept."""
+        if not self.kept:
+            return [], [], []
+        refused = set(self.kept.refused)
+        return [header.client for at, header in enumerate(self.headers) if at not in refused], *self.kept.sound()
 
 
 def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
@@ -145,17 +155,46 @@ def reduce(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
     if comm.rank:
         return None
     began = time.perf_counter()
-    mean_N = sum_N / upload.total(headers)
-    return Received(headers, mean_N, time.perf_counter() - began, left_out=left_out(headers))
+    weight = upload.total(headers)
+    return Received(headers, sum_N / weight, weight, time.perf_counter() - began, left_out=left_out(headers))
+
+
+def joined(found: Sequence[tuple[Part, Received]], numel: int) -> Received:
+    """Return what the uploads of a round brought as one, in client order: updates of ``numel`` entries, zero outside their parts.
+
+    One alone is left as it is. Raises ``RunError`` when no client has an update.
+    """
+    headers = sorted((header for _, one in found for header in one.headers), key=lambda header: header.client)
+    absent = {client: reason for _, one in found for client, reason in one.left_out.items()}
+    if len(absent) == len(headers):
+        raise RunError(f"no client has an update: {absent[headers[0].client]}")
+    if len(found) == 1:
+        return found[0][1]
+    total, mean_N = sum(one.weight for _, one in found), torch.zeros(numel)
+    for part, one in found:
+        if one.weight:
+            mean_N.add_(part.spread(one.mean_N, numel), alpha=one.weight / total)
+    return Received(headers, mean_N, total, sum(one.seconds for _, one in found), _joined(found, numel), absent)
+
+
+def _joined(found: Sequence[tuple[Part, Received]], numel: int) -> Kept | None:
+    """Return the kept updates of all, in client order."""
+    own = {
+        header.client: (weight, part.spread(update_n, numel))
+        for part, one in found
+        if one.kept
+        for header, (weight, update_n) in zip(one.headers, one.kept.items(), strict=True)
+    }
+    kept = Kept(numel)
+    for _, (weight, update_N) in sorted(own.items()):
+        kept.count(weight)
+        kept.add(0, update_N, weight)
+    return kept if own else None
 
 
 def _received(upload: Upload, headers: list[Header], mean: Mean | Kept, seconds: float, kept: Kept | None) -> Received:
-    upload.total(headers)
-    mean_N = mean.result()
-    absent = left_out(headers, mean.refused)
-    if len(absent) == len(headers):
-        raise RunError(f"no client has an update: {absent[headers[0].client]}")
-    return Received(headers, mean_N, seconds, kept, absent)
+    weight = mean.weight
+    return Received(headers, mean.result(), weight, seconds, kept, left_out(headers, mean.refused))
 
 
 def left_out(headers: Sequence[Header], refused: Collection[int] = ()) -> dict[int, str]:

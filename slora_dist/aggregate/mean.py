@@ -3,6 +3,8 @@
 Legend: N coordinates, n a stretch of them, k positions, K clients.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,12 @@ class Mean:
             self._sum_N.index_add_(0, index_k, values_k, alpha=weight)
             self._take()
 
+    @property
+    def weight(self) -> float:
+        """The weight of all sound updates."""
+        self._close()
+        return self._weight
+
     def result(self) -> Tensor:
         """Return the mean over all sound updates; the sum becomes it, so that this is asked for once. NaN where there is none."""
         self._close()
@@ -92,17 +100,25 @@ class Kept:
         """Take a client's update that is zero but at the positions ``index_k``."""
         self._update_KN[-1][index_k] = values_k
 
+    def items(self) -> Iterator[tuple[float, Tensor]]:
+        """Yield weight and update of every client in the order of ``count``, sound or not."""
+        yield from zip(self._weight_K, self._update_KN, strict=True)
+
     @property
     def refused(self) -> list[int]:
         """The numbers of updates that are not sound, from 0 in the order of ``count``."""
-        every = enumerate(zip(self._weight_K, self._update_KN, strict=True))
-        return [at for at, (weight, update_N) in every if not weight or not finite(update_N)]
+        return [at for at, (weight, update_N) in enumerate(self.items()) if not weight or not finite(update_N)]
 
     def sound(self) -> tuple[list[float], list[Tensor]]:
         """Return weights and updates of the clients that are not refused."""
         refused = set(self.refused)
         chosen = [at for at in range(len(self._weight_K)) if at not in refused]
         return [self._weight_K[at] for at in chosen], [self._update_KN[at] for at in chosen]
+
+    @property
+    def weight(self) -> float:
+        """The weight of all sound updates."""
+        return sum(self.sound()[0])
 
     def result(self) -> Tensor:
         """Return the mean over all sound updates, with the bits that ``Mean`` gives."""

@@ -7,13 +7,14 @@ Legend: N coordinates, K clients, O/I out/in features, R rank, Q columns of stac
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from slora_dist.aggregate.factors import Pair, stack
 from slora_dist.config import AnyPhase, LowrankPhase, Rule
-from slora_dist.support import KINDS, Kind
+from slora_dist.support import KINDS, Kind, leading
 from slora_dist.svd import factor_product
 
 Kinds = tuple[Kind, ...]
@@ -27,12 +28,16 @@ HEAD: Kinds = ("head",)
 
 @dataclass(frozen=True)
 class Clients:
-    """What a rule knows of a round: the phase, the offset after the mean, and where it holds them the clients' values and shares."""
+    """What a rule knows of a round: the phase, the offset after the mean, and where it holds them the clients' values and shares.
+
+    Values are zero in the ranks that a client has not: ``portion_K`` tells how far each client's go.
+    """
 
     phase: LowrankPhase
     offset_N: Tensor
     value_KN: Sequence[Tensor]
     share_K: Sequence[float]
+    portion_K: Sequence[Fraction]
 
     def stack(self, pair: Pair) -> Fold:
         """Return the clients' factors of a pair side by side."""
@@ -90,9 +95,10 @@ def _fair(pair: Pair, clients: Clients) -> tuple[Tensor, Tensor]:
 
 
 def _products(pair: Pair, clients: Clients) -> Fold:
-    """FLoRA (Wang et al. 2024): scale x sum p_k B_k A_k, all of it."""
+    """FLoRA (Wang et al. 2024): scale x sum p_k B_k A_k, all of it; of every client the ranks that it has."""
     left_OQ, right_QI = clients.stack(pair)
-    return left_OQ, pair.scale * right_QI
+    own_Q = torch.cat([torch.arange(pair.rank) < leading(pair.rank, portion) for portion in clients.portion_K])
+    return left_OQ[:, own_Q], pair.scale * right_QI[own_Q]
 
 
 def _residual(pair: Pair, clients: Clients) -> Fold:
@@ -129,9 +135,3 @@ def combine(pairs: Sequence[Pair], clients: Clients) -> tuple[Tensor, dict[str, 
     if rule.fold:
         folds = {pair.layer: rule.fold(pair, clients) for pair in pairs}
     return result_N, folds
-
-
-def width(phase: AnyPhase, clients: int) -> int:
-    """Return how many clients' factors wide a fold is after a round of as many clients; 0 without one."""
-    rule = behaviour(phase)
-    return (clients + rule.mean_too) if rule.fold else 0

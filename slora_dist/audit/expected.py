@@ -14,11 +14,13 @@ from slora_dist.comm.base import BUCKET
 from slora_dist.comm.sealed import OVERHEAD, carried
 from slora_dist.config import Config, LowrankPhase
 from slora_dist.exchange import Exchange
+from slora_dist.fixed import Fixed
 from slora_dist.ledger import Row
 from slora_dist.roundplan import RoundPlan, home, plan_round, present
 from slora_dist.secure import KEY_BYTES
+from slora_dist.topk import TopK
 from slora_dist.upload import PROBE_BYTES, PROBES
-from slora_dist.wire import HEADER_BYTES
+from slora_dist.wire import HEADER_BYTES, Wire
 
 FINGERPRINT_BYTES, WORD_BYTES = 32, 8
 FREE = None  # a number that only the run knows
@@ -121,7 +123,7 @@ class Protocol:
             yield replace(want, round=1) if want.rank else want  # they are just being told where the run stands
         if life.first > 1:
             phase = self.phase(life.first - 1)
-            if any(earlier["folds"] or earlier["messages"].folds() for earlier in self.phases[: phase["at"] + 1]):
+            if any(earlier["folds"] or earlier["messages"].folding for earlier in self.phases[: phase["at"] + 1]):
                 yield from ranks.broadcast(life.first, "start", "control", {"base": 4 * self.plan["parameters"]}, [1] * life.size)
             if selection := phase["messages"].selection:
                 yield from ranks.broadcast(life.first, phase["phase"], "control", selection.down, [1] * life.size)
@@ -159,14 +161,19 @@ class Protocol:
 
     def _round(self, phase: Row, number: int, ranks: "_Ranks", collective: str) -> Iterator[Want]:
         plan = self.round_plan(number, ranks.life)
-        clients = [len(plan.played_by(rank)) for rank in range(ranks.size)]
         name, exchange = phase["phase"], phase["messages"].among(ranks.size, ranks.life.members)
         for message in exchange.down(number):
             concerned = [len(set(plan.played_by(rank)) & set(message.clients)) for rank in range(ranks.size)]
             yield from ranks.broadcast(number, name, "down", message.wires.down.by_kind(), concerned)
-        for message in exchange.folds():
+        for message in exchange.folds(number):
             yield from ranks.broadcast(number, name, "down", message.wires.down.by_kind(), self._hosted(ranks.size))
-        wire = exchange.up(number).wires.up
+        for message in exchange.up(number):
+            yield from self._upload(phase["phase"], number, message.wires.up, plan.only(message.clients), ranks, collective)
+
+    def _upload(
+        self, name: str, number: int, wire: Wire | TopK | Fixed, plan: RoundPlan, ranks: "_Ranks", collective: str
+    ) -> Iterator[Want]:
+        clients = [len(plan.played_by(rank)) for rank in range(ranks.size)]
         if self.config.comm.sum == "exact":
             yield from ranks.gather(number, name, "control", {"scale": WORD_BYTES}, clients, WORD_BYTES)
             yield from ranks.broadcast(number, name, "control", {"scale": WORD_BYTES}, [1] * ranks.size)

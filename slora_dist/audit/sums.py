@@ -40,16 +40,15 @@ def _planned(run: Run, found: _Sums) -> _Sums:
         phase = run.protocol.phase(number)
         life = run.life(number)
         exchange = phase["messages"].among(life.size, life.members)
-        up = exchange.up(number)
-        sent = [("up", up.wires.up, len(up.clients))]
-        sent += [("down", message.wires.down, len(message.clients)) for message in [*exchange.down(number), *exchange.folds()]]
+        sent = [("up", message.wires.up, len(message.clients)) for message in exchange.up(number)]
+        sent += [("down", message.wires.down, len(message.clients)) for message in [*exchange.down(number), *exchange.folds(number)]]
         for way, wire, clients in sent:
             for kind, nbytes in wire.by_kind().items():
                 at = number, phase["phase"], way, kind
                 free = kind == wire.varies and found[at] <= wire.most * clients
                 sums[at] += found[at] if free else nbytes * clients
         if (selection := exchange.selection) and number == phase["first"]:
-            for way, by_kind, clients in (("up", selection.up, len(up.clients)), ("down", selection.down, len(exchange.everybody))):
+            for way, by_kind, clients in (("up", selection.up, sum(len(message.clients) for message in exchange.up(number))), ("down", selection.down, len(exchange.everybody))):
                 for kind, nbytes in by_kind.items():
                     sums[number, phase["phase"], way, kind] += nbytes * clients
         if phase["folds"] and number == phase["first"]:

@@ -1,5 +1,6 @@
 """Settings of methods: kinds of phase, and the presets that are made of them."""
 
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -16,6 +17,15 @@ class Phase(Section):
     rounds: int = Field(10, ge=1, description="Rounds of the phase.")
     lr: Positive = Field(5e-4, description="Local learning rate in the phase's first round.")
     lr_decay: Positive = Field(1.0, description="Factor on the learning rate from each round to the next.")
+
+    @property
+    def portions(self) -> tuple[Fraction, ...]:
+        """The shares of every factor's rank that clients have, dealt to them in turn: all of it."""
+        return (Fraction(1),)
+
+    def portion(self, client: int) -> Fraction:
+        """Return the share of every factor's rank that ``client`` has."""
+        return self.portions[client % len(self.portions)]
 
 
 class SparsePhase(Phase):
@@ -67,6 +77,11 @@ class LowrankPhase(Phase):
     )
     rank: int = Field(8, ge=1, description="Rank of the factors.")
     ranks: dict[str, int] = Field({}, description="Other ranks by module name ending, e.g. `{pooler.dense: 18}`.")
+    client_ranks: list[Annotated[int, Field(ge=1)]] = Field(
+        [],
+        description="Clients of different ranks, dealt in turn: client i has rank `client_ranks[i mod length]`, up to `rank`, e.g. `[8, 4, 2]`, "
+        "and trains and exchanges as many leading rows of A and columns of B; with `rule: fedavg | stack | svd`. Empty: all have `rank`.",
+    )
     alpha: Positive | None = Field(
         None, description="LoRA alpha; the product is scaled by alpha / rank. Empty: each module's rank, so that the scale is 1."
     )
@@ -91,6 +106,11 @@ class LowrankPhase(Phase):
     split: Literal["us", "sqrt"] = Field(
         "us", description="Where the singular values go: all to B (the paper), or their roots to both (always with `pissa`)."
     )
+
+    @property
+    def portions(self) -> tuple[Fraction, ...]:
+        """The shares of every factor's rank that clients have, dealt to them in turn."""
+        return tuple(Fraction(rank, self.rank) for rank in self.client_ranks) or super().portions
 
 
 class BitfitPhase(Phase):

@@ -24,6 +24,7 @@ class RunConfig(Section):
     threads: int = Field(1, ge=1, description="CPU threads of a rank. Part of what fixes the bits: sums depend on it.")
 
 
+RANKED = ("fedavg", "stack", "svd")  # rules of a low-rank phase under which clients may have factors of different ranks
 SUMMED = ("fedavg", "ffa", "rolora", "fedsvd")  # rules of a low-rank phase that need of the updates their sum only
 
 
@@ -92,6 +93,7 @@ class Config(Section):
         for phase in self.method.resolved():
             if isinstance(phase, LowrankPhase):
                 self._rule_fits(phase)
+                self._client_ranks_fit(phase)
         chosen = any(phase.kind == "sparse" and phase.chosen for phase in self.method.resolved())
         if chosen and not self.comm.wire.topk and self.comm.wire.indices != "implicit":
             raise ConfigError("comm.wire.indices", f"{self.comm.wire.indices} with a mask that all ranks know by then", "implicit")
@@ -170,6 +172,28 @@ class Config(Section):
         if phase.rule in ("fedex", "stack", "svd", "fair") and self.server.aggregate != "mean":
             problem = f"{self.server.aggregate} with rule {phase.rule}, which takes every client's factors as they are"
             raise ConfigError("server.aggregate", problem, "mean; or method.lowrank.rule fedavg, ffa, rolora, fedsvd")
+
+    def _client_ranks_fit(self, phase: LowrankPhase) -> None:
+        if not phase.client_ranks:
+            return
+        setting = "method.lowrank.client_ranks"
+        if max(phase.client_ranks) > phase.rank:
+            raise ConfigError(setting, f"{max(phase.client_ranks)} of rank {phase.rank}", f"1 to method.lowrank.rank = {phase.rank}")
+        if phase.rule not in RANKED:
+            raise ConfigError(setting, f"given with rule {phase.rule}", f"empty; or method.lowrank.rule {', '.join(RANKED)}")
+        if phase.init == "pissa":
+            raise ConfigError(setting, "given with init pissa: smaller clients would lack a part of the pretrained weights", "empty")
+        for other, is_set in {
+            "comm.collective": self.comm.collective != "gather",
+            "comm.sum": self.comm.sum != "float",
+            "server.aggregate": self.server.aggregate != "mean",
+            "clients.keep": bool(self.clients.keep),
+            "clients.scaffold": self.clients.scaffold,
+            "privacy.noise_multiplier": bool(self.privacy.noise_multiplier),
+        }.items():
+            if is_set:
+                problem = f"given with {other}, which needs updates that are all of one size"
+                raise ConfigError(setting, problem, f"empty; or {other} as it is by default")
 
     def _aggregate_fits(self) -> None:
         rule, hostile = self.server.aggregate, self.server.hostile

@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from slora_dist.aggregate.factors import Pair, random_factors
-from slora_dist.aggregate.rules import width
+from slora_dist.aggregate.rules import behaviour
 from slora_dist.completion import complete, truncate
 from slora_dist.config import AnyPhase, LowrankPhase
 from slora_dist.methods.base import parameter_name
@@ -142,7 +142,7 @@ def keeps(phase: AnyPhase) -> bool:
 def base_moves(phases: Sequence[AnyPhase], next_phase: AnyPhase | None = None) -> bool:
     """Whether the frozen base is another one after these phases, or once ``next_phase`` has begun after them."""
     kept = any(keeps(phase) for phase in [*phases, next_phase][1:] if phase)
-    return kept or any(width(phase, 1) for phase in phases)
+    return kept or any(behaviour(phase).fold for phase in phases)
 
 
 def as_stored(classifier: TaskModel, layer: str, update_OI: Tensor) -> Tensor:

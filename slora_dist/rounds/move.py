@@ -26,15 +26,13 @@ def believe(settings: ServerConfig, received: Received) -> Received:
     """Return what was received with the aggregate of ``server.aggregate`` in the place of the mean."""
     if settings.aggregate == "mean":
         return received
-    assert received.kept
-    refused = set(received.kept.refused)
-    clients = [header.client for at, header in enumerate(received.headers) if at not in refused]
+    clients, _, update_Kn = received.sound()
     if len(clients) < settings.least:
         few = (
             f"{len(clients)} updates, too few for {settings.aggregate} to bear {settings.hostile} hostile ones: that takes {settings.least}"
         )
         say(0, f"round {received.headers[0].round} has {few}")
-    trusted = aggregate(settings.aggregate, received.kept.sound()[1], settings.hostile)
+    trusted = aggregate(settings.aggregate, update_Kn, settings.hostile)
     distrusted = {clients[at]: reason for at, reason in sorted(trusted.distrusted.items())}
     return replace(received, mean_N=trusted.mean_N, distrusted=distrusted)
 
@@ -42,18 +40,19 @@ def believe(settings: ServerConfig, received: Received) -> Received:
 def step(seat: Seat, stage: Stage, number: int, received: Received) -> dict[str, Fold]:
     """Move rank 0's offset by a round's updates; returns what the base of each layer takes over."""
     assert stage.server
-    part, numel = stage.exchange.up(number).part, stage.coordinates.numel
-    weights, update_Kn = received.kept.sound() if isinstance(stage.phase, LowrankPhase) and received.kept else ([], [])
+    part, numel = stage.exchange.sends(number), stage.coordinates.numel
+    clients, weights, update_Kn = received.sound() if isinstance(stage.phase, LowrankPhase) else ([], [], [])
     # before the step: what rank 0 holds as a client may be the very vector that moves
-    value_KN = [stage.held_N + part.spread(update_n, numel) for update_n in update_Kn]
+    held_KN = (stage.exchange.held_by(client).only(stage.held_N) for client in clients)
+    value_KN = [held_N + part.spread(update_n, numel) for held_N, update_n in zip(held_KN, update_Kn, strict=True)]
     stage.server.step(part.spread(received.mean_N[: part.support.numel], numel))
     if stage.exchange.variates:
         taking_part = (len(received.headers) - len(received.left_out)) / seat.config.clients.count
         stage.server.variate_n.add_(received.mean_N[part.support.numel :], alpha=taking_part)
     if not isinstance(stage.phase, LowrankPhase):
         return {}
-    clients = Clients(stage.phase, stage.server.offset_N, value_KN, [weight / sum(weights) for weight in weights])
-    offset_N, folds = rules.combine(stage.pairs, clients)
+    shares, portions = [weight / sum(weights) for weight in weights], [stage.phase.portion(client) for client in clients]
+    offset_N, folds = rules.combine(stage.pairs, Clients(stage.phase, stage.server.offset_N, value_KN, shares, portions))
     if stage.exchange.behaviour.restarts:
         restart(stage.pairs, offset_N, seat.config.run.seed, number)
     stage.server.replace(offset_N)
@@ -65,7 +64,7 @@ def fold(seat: Seat, stage: Stage, number: int, folds: dict[str, Fold]) -> int:
     if stage.exchange.behaviour.restarts:
         restart(stage.pairs, stage.held_N, seat.config.run.seed, number)
     sent = 0
-    for message in stage.exchange.folds():
+    for message in stage.exchange.folds(number):
         _fold(seat, stage, number, message, folds)
         sent += message.wires.down.nbytes
     return sent

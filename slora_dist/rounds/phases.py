@@ -94,7 +94,7 @@ def _enter(seat: Seat, at: int, mask: Callable[[str, int, Selection], Tensor]) -
     pairs = methods.pairs(phase, seat.classifier, coordinates)
     exchange = Exchange(seat.config, phase, first, coordinates, pairs, seat.comm.size, seat.comm.members)
     seat.where.phase = name
-    collective = _collective(seat, exchange.up(first).wires.up, name, first)
+    collective = _collective(seat, exchange.largest(first).up, name, first)
     reference_N, held_N, variate_n = coordinates.reference(seat.net), torch.zeros(coordinates.numel), torch.zeros(exchange.variates)
     return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, variate_n, None, collective, found, mask_B)
 

@@ -45,7 +45,7 @@ def _answers(seat: Seat, stage: Stage, number: int, offset_N: Tensor) -> Iterato
         seat.where.operation = f"evaluation of client {client}"
         with seat.journal.span("evaluate", stage.name, number, client):
             state = seat.states.load(client, number + 1) if seat.config.keeps_state else {}
-            own_N = training.with_kept(stage, offset_N, state)
+            own_N = training.as_held(stage, client, offset_N, state)
             stage.coordinates.write(seat.net, stage.reference_N + own_N.to(seat.device))
             answer = personal.pack(tally(seat.net, seat.federation.held_out(client), seat.pad))
         yield as_bytes(answer)

@@ -15,6 +15,7 @@ from slora_dist.ledger import Label
 from slora_dist.roundplan import plan_round
 from slora_dist.rounds.seat import Seat
 from slora_dist.seeding import derive
+from slora_dist.support import Part
 from slora_dist.upload import Upload
 from slora_dist.wire import Header
 
@@ -31,7 +32,10 @@ def choose(seat: Seat, at: int, name: str, number: int, selection: Selection) ->
     by_examples = seat.config.server.weighting == "examples"
     job = Upload(selection.wire, Label(name, number, "up", selection.up), expected, plan.ranks, by_examples)
     received = upload.gather(seat.comm, job, _scores(seat, at, number, plan.played_by(seat.comm.rank), selection))
-    mask_B = selection.choose(received.mean_N) if received else torch.empty(sum(selection.down.values()), dtype=torch.uint8)
+    mask_B = torch.empty(sum(selection.down.values()), dtype=torch.uint8)
+    if received:
+        support = selection.wire.support
+        mask_B = selection.choose(upload.joined([(Part(support, None), received)], support.numel).mean_N)
     seat.comm.broadcast(mask_B, Label(name, number, "down", selection.down), seat.hosted)
     return mask_B
 

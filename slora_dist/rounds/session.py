@@ -20,6 +20,7 @@ from slora_dist.clock import synchronize
 from slora_dist.errors import TransportError
 from slora_dist.evaluate import figures
 from slora_dist.exactsum import exact
+from slora_dist.exchange import Message
 from slora_dist.export import Result
 from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
@@ -125,7 +126,7 @@ class Session:
             record["privacy"] = privacy.spent(self.config, self.folder.lines(SUMS))
             if self._due(stage, number) == "overlap":
                 self._unjudged = record
-            nbytes = (down + folded, HEADER_BYTES + stage.exchange.up(number).wires.up.nbytes)
+            nbytes = (down + folded, HEADER_BYTES + stage.exchange.largest(number).up.nbytes)
             trained = [one.seconds for one in received.headers]
             record["network"] = self.seat.network.seconds(plan, number, nbytes, trained, received.seconds)
         self.where.operation = "ledger"
@@ -175,18 +176,10 @@ class Session:
 
         Returns with what rank 0 received the bytes of what every client's base takes over.
         """
-        message = stage.exchange.up(number)
-        wire = message.wires.up
-        documents = self.seat.federation.trains_on
-        expected = [Header(client, stage.at, number, documents(client), 0.0, 0.0, wire.nbytes) for client in plan.clients]
-        by_examples, holds = self.config.server.weighting == "examples", stage.exchange.holds
-        label, bounded = stage.label(number, "up", wire.by_kind()), self.config.privacy.clip is not None
-        job = Upload(wire, label, expected, plan.ranks, by_examples, holds, absent_count=bounded)
-        updates = self._bounded(number, len(plan.clients), self._updates(stage, number, plan.played_by(self.comm.rank)))
-        if self.config.comm.sum == "exact":
-            received = exact(self.comm, job, updates, stage.collective, self.config.comm.secure)
-        else:
-            received = (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
+        messages = stage.exchange.up(number)
+        arrived = [self._bring(stage, number, message, plan) for message in messages]
+        found = [(message.part, one) for message, one in zip(messages, arrived, strict=True) if one]
+        received = upload.joined(found, stage.coordinates.numel) if found else None
         folds: dict[str, Fold] = {}
         if received and stage.server:
             began = time.perf_counter() - received.seconds  # buckets were added as they came: here they stand together, at the end
@@ -195,6 +188,18 @@ class Session:
             folds = move.step(self.seat, stage, number, received)
             self.journal.note("aggregate", stage.name, number, began, time.perf_counter() - began)
         return received, move.fold(self.seat, stage, number, folds)
+
+    def _bring(self, stage: Stage, number: int, message: Message, plan: RoundPlan) -> Received | None:
+        """Train this rank's clients of one upload and bring the updates to rank 0."""
+        wire, plan, documents = message.wires.up, plan.only(message.clients), self.seat.federation.trains_on
+        expected = [Header(client, stage.at, number, documents(client), 0.0, 0.0, wire.nbytes) for client in plan.clients]
+        by_examples, holds = self.config.server.weighting == "examples", stage.exchange.holds
+        label, bounded = stage.label(number, "up", wire.by_kind()), self.config.privacy.clip is not None
+        job = Upload(wire, label, expected, plan.ranks, by_examples, holds, absent_count=bounded)
+        updates = self._bounded(number, len(plan.clients), self._updates(stage, number, plan.played_by(self.comm.rank)))
+        if self.config.comm.sum == "exact":
+            return exact(self.comm, job, updates, stage.collective, self.config.comm.secure)
+        return (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
 
     def _updates(self, stage: Stage, number: int, clients: list[int]) -> Iterator[tuple[Header, Tensor]]:
         """Yield what each client sends, trained when it is asked for; where ranks heal, what was finished before a round broke stands."""
@@ -288,7 +293,7 @@ class Session:
             score = {"accuracy": self.seat.score.accuracy, "loss": self.seat.score.loss} if self.seat.score else None
             values = {"round": record["round"], "phase": stage.at, "switch": self.seat.switch, "score": score, "unjudged": self._unjudged}
             held = {} if stage.exchange.stateless else {"held": stage.held_N}
-            if stage.exchange.folds():
+            if stage.exchange.folding:
                 held |= {f"base.{name}": weight for name, weight in self.seat.base.items()}
             if stage.mask_B is not None:
                 held["mask"] = stage.mask_B

@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 def update(seat: Seat, stage: Stage, number: int, client: int) -> tuple[Header, Tensor]:
     """Train a client, and return what it sends."""
-    config, wire = seat.config, stage.exchange.up(number).wires.up
+    config, wire = seat.config, stage.exchange.up_from(number, client).wires.up
     lr = stage.phase.lr * stage.phase.lr_decay ** (number - stage.first)
     recipe = Recipe(config.clients, lr, config.model.precision == "bfloat16", seat.pad)
     state = seat.states.load(client, number) if config.keeps_state else {}
@@ -35,7 +35,7 @@ def update(seat: Seat, stage: Stage, number: int, client: int) -> tuple[Header, 
     if trained.reason:
         say(seat.comm.rank, f"client {client} is left out of round {number}: {trained.reason} ({trained.cause})")
         return header, torch.zeros(wire.support.numel)
-    sent_n = _outgoing(seat, stage, number, trained, lr, state)
+    sent_n = _outgoing(seat, stage, header, trained, lr, state)
     if config.keeps_state:
         seat.states.save(client, number, state)
     return header, sent_n
@@ -43,7 +43,7 @@ def update(seat: Seat, stage: Stage, number: int, client: int) -> tuple[Header, 
 
 def _train(seat: Seat, stage: Stage, number: int, client: int, recipe: Recipe, state: State) -> Update:
     exchange, net = stage.exchange, seat.net
-    start_N, part = stage.reference_N + with_kept(stage, stage.held_N, state).to(seat.device), exchange.trains(number)
+    start_N, part = stage.reference_N + as_held(stage, client, stage.held_N, state).to(seat.device), exchange.trains(number)
     stage.coordinates.write(net, start_N)
     part.support.require_grad(net, stage.coordinates)
     if exchange.variates:
@@ -53,18 +53,19 @@ def _train(seat: Seat, stage: Stage, number: int, client: int, recipe: Recipe, s
     return attempt(net, part.support, part.take(start_N), documents, recipe, seed)
 
 
-def with_kept(stage: Stage, offset_N: Tensor, state: State) -> Tensor:
-    """Return an offset as a client has it, with the coordinates that it keeps to itself in their places."""
+def as_held(stage: Stage, client: int, offset_N: Tensor, state: State) -> Tensor:
+    """Return an offset as a client has it: up to its rank, with the coordinates that it keeps to itself in their places."""
+    offset_N = stage.exchange.held_by(client).only(offset_N)
     for name, part in _private(stage).items():
         if name in state:
             offset_N = part.merge(offset_N.clone(), state[name])
     return offset_N
 
 
-def _outgoing(seat: Seat, stage: Stage, number: int, trained: Update, lr: float, state: State) -> Tensor:
+def _outgoing(seat: Seat, stage: Stage, header: Header, trained: Update, lr: float, state: State) -> Tensor:
     """Return what a client sends of its update; what it keeps goes into ``state``."""
-    message, delta_n = stage.exchange.up(number), trained.delta_N.cpu()
-    delta_N = stage.exchange.trains(number).spread(delta_n, stage.coordinates.numel)
+    message, delta_n = stage.exchange.up_from(header.round, header.client), trained.delta_N.cpu()
+    delta_N = stage.exchange.trains(header.round).spread(delta_n, stage.coordinates.numel)
     for name, part in _private(stage).items():
         state[name] = state.get(name, part.take(stage.held_N)) + part.take(delta_N)
     sent_n = message.part.take(delta_N)
