@@ -162,14 +162,15 @@ def reduce(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
 def joined(found: Sequence[tuple[Part, Received]], numel: int) -> Received:
     """Return what the uploads of a round brought as one, in client order: updates of ``numel`` entries, zero outside their parts.
 
-    One alone is left as it is. Raises ``RunError`` when no client has an update.
+    One alone with all ``numel`` entries is left as it is. Raises ``RunError`` when no client has an update.
     """
     headers = sorted((header for _, one in found for header in one.headers), key=lambda header: header.client)
     absent = {client: reason for _, one in found for client, reason in one.left_out.items()}
     if len(absent) == len(headers):
         raise RunError(f"no client has an update: {absent[headers[0].client]}")
-    if len(found) == 1:
-        return found[0][1]
+    part, only = found[0]
+    if len(found) == 1 and part.support.numel == numel:
+        return only
     total, mean_N = sum(one.weight for _, one in found), torch.zeros(numel)
     for part, one in found:
         if one.weight:

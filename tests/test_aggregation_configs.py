@@ -33,4 +33,4 @@ def test_every_file_plays_and_can_be_resumed(file: Path, tmp_path: Path) -> None
 
 
 def test_there_is_a_file_for_every_rule_and_option() -> None:
-    assert len(FILES) >= 19
+    assert len(FILES) >= 20

@@ -17,6 +17,7 @@ RUNS = {
     "fedex": ("method.lowrank.rule=fedex", "comm.wire.values=bfloat16"),
     "stack": ("method.lowrank.rule=stack", "server.weighting=examples"),
     "svd": ("method.lowrank.rule=svd",),
+    "ranks": ("method.lowrank.rule=stack", "method.lowrank.client_ranks=[4, 2, 1]", "server.weighting=examples"),
     "scaffold": ("clients.scaffold=true", *SGD),
     "keep": ("clients.keep=[factor_b]",),
     "trimmed": ("server.aggregate=trimmed_mean", "server.hostile=1"),

@@ -91,7 +91,7 @@ def test_what_is_kept_goes_down_once_and_never_up(tmp_path: Path) -> None:
     config = tiny("clients.count=9", "clients.per_round=3", "clients.keep=[factor_b, head]")
     phase = config.method.lowrank.model_copy(update={"rounds": 12})
     messages = Exchange(config, phase, 3, SUPPORT, [])
-    up = [messages.up(number).part.support.counts() for number in messages.numbers()]
+    up = [messages.sends(number).support.counts() for number in messages.numbers()]
     assert up == [{"factor_a": A}] * 12
     down = [message for number in messages.numbers() for message in messages.down(number)]
     sent = {

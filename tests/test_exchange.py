@@ -60,12 +60,12 @@ def test_a_goes_to_each_client_once_under_ffa() -> None:
     messages = exchange("ffa")
     every = sum((sent(messages, number) for number in messages.numbers()), Counter())
     assert every["factor_a"] == 9 * A and every["factor_b"] == 3 * ROUNDS * B and every["head"] == 3 * ROUNDS * HEAD
-    assert {messages.up(number).part.support.numel for number in messages.numbers()} == {B + HEAD}
+    assert {messages.sends(number).support.numel for number in messages.numbers()} == {B + HEAD}
 
 
 def test_rolora_sends_up_one_factor_and_down_what_is_lacking() -> None:
     every = exchange("rolora", "clients.per_round=9")
-    assert [every.up(number).part.support.numel for number in (3, 4, 5)] == [B + HEAD, A + HEAD, B + HEAD]
+    assert [every.sends(number).support.numel for number in (3, 4, 5)] == [B + HEAD, A + HEAD, B + HEAD]
     assert sent(every, 3) == {"factor_a": 9 * A, "factor_b": 9 * B, "head": 9 * HEAD}
     assert sent(every, 4) == {"factor_b": 9 * B, "head": 9 * HEAD} and sent(every, 5) == {"factor_a": 9 * A, "head": 9 * HEAD}
     some = exchange("rolora")
@@ -83,7 +83,7 @@ def test_other_rules_send_everything_down(rule: Rule, up: int) -> None:
 def test_what_the_base_takes_over_goes_to_everybody() -> None:
     residual, products = exchange("fedex"), exchange("stack")
     for messages, clients in ((residual, 3 + 1), (products, 3)):  # the mean's own factors make one more
-        (message,) = messages.folds()
+        (message,) = messages.folds(FIRST)
         assert message.wires.down.by_kind() == {"factor_a": 4 * clients * A, "factor_b": 4 * clients * B}
         assert message.clients == tuple(range(9))
     assert list(residual.faithful()) == [(4 * (A + B + HEAD), 4 * (A + B + HEAD) + 4 * 4 * (A + B))] * ROUNDS

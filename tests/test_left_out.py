@@ -20,7 +20,7 @@ from slora_dist.exactsum import exact
 from slora_dist.fixed import Fixed
 from slora_dist.ledger import Label, Ledger
 from slora_dist.runfolder import RunFolder
-from slora_dist.support import Slot, Support
+from slora_dist.support import Part, Slot, Support
 from slora_dist.topk import TopK
 from slora_dist.wire import HEADER_BYTES, Header, Wire
 from tests.families import build
@@ -50,7 +50,9 @@ def mean(wire: Any, way: str, reasons: dict[int, str], absent_count: bool = Fals
     comm = Metered(Alone(), Ledger(0))
     bring = exact if isinstance(wire, Fixed) else getattr(upload, way)
     received = bring(comm, job, updates(), *([way, options["secure"]] if isinstance(wire, Fixed) else []))
-    assert received and [header.reason for header in received.headers] == [reasons.get(client, "") for client in range(4)]
+    assert received
+    received = upload.joined([(Part(SUPPORT, None), received)], N)
+    assert [header.reason for header in received.headers] == [reasons.get(client, "") for client in range(4)]
     return received.mean_N
 
 

@@ -4,6 +4,7 @@ Legend: N coordinates, K clients, O/I out/in features, R rank.
 """
 
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from slora_dist.aggregate.server import Server
 from slora_dist.cli import main
 from slora_dist.config import LowrankPhase, Rule, ServerConfig
 from slora_dist.rounds import training
-from slora_dist.support import Slot, Support
+from slora_dist.support import KINDS, Slot, Support
 from tests.tiny import run
 
 SHAPES = {"tall": (13, 7), "wide": (5, 12)}
@@ -32,8 +33,8 @@ HEAD = 6
 class Round:
     """Factors of two matrices that are not square, scaled by 2.5, and a head, after one round of four clients of different weights."""
 
-    def __init__(self, rule: Rule, rank: int | None, at: int = 0, fair_ridge: float = 0.01) -> None:
-        self.phase = LowrankPhase(rule=rule, fair_ridge=fair_ridge)
+    def __init__(self, rule: Rule, rank: int | None, at: int = 0, fair_ridge: float = 0.01, client_ranks: tuple[int, ...] = ()) -> None:
+        self.phase = LowrankPhase(rule=rule, fair_ridge=fair_ridge, client_ranks=list(client_ranks))
         slots = [Slot.whole("head", (HEAD,), "head")]
         ranks = {layer: rank or min(shape) for layer, shape in SHAPES.items()}
         for layer, (out, into) in SHAPES.items():
@@ -47,7 +48,10 @@ class Round:
         draw = torch.Generator().manual_seed(3)
         self.start_N = torch.randn(self.support.numel, generator=draw)
         self.update_Kn = [torch.randn(self.part.support.numel, generator=draw) for _ in EXAMPLES]
-        self.value_KN = [self.start_N + self.part.spread(update_n, self.support.numel) for update_n in self.update_Kn]
+        self.portions = [self.phase.portion(client) for client in range(len(EXAMPLES))]
+        values = [self.start_N + self.part.spread(update_n, self.support.numel) for update_n in self.update_Kn]
+        owns = [self.support.part(KINDS, (Fraction(0), portion)) for portion in self.portions]
+        self.value_KN = [own.only(value_N) for own, value_N in zip(owns, values, strict=True)]
 
     def played(self) -> Tensor:
         """What the server holds after the round; ``folds`` is then what the base of each layer takes over."""
@@ -58,7 +62,7 @@ class Round:
         server = Server(ServerConfig(), self.start_N)
         server.step(self.part.spread(kept.result(), self.support.numel))
         shares = [weight / sum(EXAMPLES) for weight in EXAMPLES]
-        after_N, self.folds = rules.combine(self.pairs, rules.Clients(self.phase, server.offset_N, self.value_KN, shares))
+        after_N, self.folds = rules.combine(self.pairs, rules.Clients(self.phase, server.offset_N, self.value_KN, shares, self.portions))
         if rules.behaviour(self.phase).restarts:
             restart(self.pairs, after_N, 0, 1)
         return after_N
@@ -89,6 +93,16 @@ def test_exact_rules_give_the_mean_of_the_products_and_fedavg_does_not(rule: Rul
     """``svd`` is exact when the rank is the matrix's own; the others at any rank."""
     error = Round(rule, rank=None if rule == "svd" else 3, at=at).error()
     assert error > 0.1 if rule in INEXACT else error < 1e-5
+
+
+@pytest.mark.parametrize("rule", ["stack", "svd"])
+def test_the_products_of_clients_of_different_ranks_are_averaged_exactly(rule: Rule) -> None:
+    """Of rank 8 they have 8, 4, 2 and 8: of factors of rank 7 that is 7, 4, 2 and 7, of those of rank 5 it is 5, 3, 2 and 5."""
+    played = Round(rule, rank=None, client_ranks=(8, 4, 2))
+    assert [int(torch.linalg.matrix_rank(played.product(played.pairs[1], value_N))) for value_N in played.value_KN] == [5, 3, 2, 5]
+    assert played.error() < 1e-5
+    columns = [left_OQ.shape[1] for left_OQ, _ in played.folds.values()]
+    assert columns == ([7 + 4 + 2 + 7, 5 + 3 + 2 + 5] if rule == "stack" else [])
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -80,7 +80,7 @@ class LowrankPhase(Phase):
     client_ranks: list[Annotated[int, Field(ge=1)]] = Field(
         [],
         description="Clients of different ranks, dealt in turn: client i has rank `client_ranks[i mod length]`, up to `rank`, e.g. `[8, 4, 2]`, "
-        "and trains and exchanges as many leading rows of A and columns of B; with `rule: fedavg | stack | svd`. Empty: all have `rank`.",
+        "and trains and exchanges as many leading rows of A and columns of B; with the rules fedavg, stack and svd. Empty: all have `rank`.",
     )
     alpha: Positive | None = Field(
         None, description="LoRA alpha; the product is scaled by alpha / rank. Empty: each module's rank, so that the scale is 1."

@@ -179,7 +179,7 @@ class Session:
         messages = stage.exchange.up(number)
         arrived = [self._bring(stage, number, message, plan) for message in messages]
         found = [(message.part, one) for message, one in zip(messages, arrived, strict=True) if one]
-        received = upload.joined(found, stage.coordinates.numel) if found else None
+        received = upload.joined(found, stage.exchange.sends(number).support.numel) if found else None
         folds: dict[str, Fold] = {}
         if received and stage.server:
             began = time.perf_counter() - received.seconds  # buckets were added as they came: here they stand together, at the end
