@@ -36,6 +36,7 @@ def _found(run: Run) -> _Sums:
 def _planned(run: Run, found: _Sums) -> _Sums:
     """Return what the plan says; where a message has a size of its own, what was found, if it is possible."""
     sums: _Sums = Counter()
+    most: _Sums = Counter()
     for number in range(1, run.done + 1):
         phase = run.protocol.phase(number)
         life = run.life(number)
@@ -45,16 +46,21 @@ def _planned(run: Run, found: _Sums) -> _Sums:
         for way, wire, clients in sent:
             for kind, nbytes in wire.by_kind().items():
                 at = number, phase["phase"], way, kind
-                free = kind == wire.varies and found[at] <= wire.most * clients
-                sums[at] += found[at] if free else nbytes * clients
+                sums[at] += nbytes * clients
+                if kind == wire.varies:
+                    most[at] += wire.most * clients
         if (selection := exchange.selection) and number == phase["first"]:
-            for way, by_kind, clients in (("up", selection.up, sum(len(message.clients) for message in exchange.up(number))), ("down", selection.down, len(exchange.everybody))):
+            asked = sum(len(message.clients) for message in exchange.up(number))
+            for way, by_kind, clients in (("up", selection.up, asked), ("down", selection.down, len(exchange.everybody))):
                 for kind, nbytes in by_kind.items():
                     sums[number, phase["phase"], way, kind] += nbytes * clients
         if phase["folds"] and number == phase["first"]:
             for handed in (run.protocol.phases[phase["at"] - 1], phase):
                 for kind, nbytes in handed["messages"].whole.down.by_kind().items():
                     sums[number, phase["phase"], "down", kind] += nbytes * len(exchange.everybody)
+    for at, bound in most.items():
+        if found[at] <= bound:
+            sums[at] = found[at]
     return sums
 
 
