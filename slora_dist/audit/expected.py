@@ -168,7 +168,11 @@ class Protocol:
         for message in exchange.folds(number):
             yield from ranks.broadcast(number, name, "down", message.wires.down.by_kind(), self._hosted(ranks.size))
         for message in exchange.up(number):
-            yield from self._upload(phase["phase"], number, message.wires.up, plan.only(message.clients), ranks, collective)
+            yield from self._upload(name, number, message.wires.up, plan.only(message.clients), ranks, collective)
+        if personal.due(self.config, number):
+            own = self._hosted(ranks.size, present(self.config, number, ranks.size, ranks.life.members))
+            yield from ranks.broadcast(number, name, "control", {"evaluation": exchange.whole.down.nbytes}, own)
+            yield from ranks.gather(number, name, "control", {"score": personal.SCORE_BYTES}, own, personal.SCORE_BYTES)
 
     def _upload(
         self, name: str, number: int, wire: Wire | TopK | Fixed, plan: RoundPlan, ranks: "_Ranks", collective: str
@@ -190,10 +194,6 @@ class Protocol:
             nbytes = FREE if wire.varies else HEADER_BYTES + wire.nbytes
             yield from ranks.gather(number, name, "up", by_kind, clients, nbytes, header=True)
             yield from headers(0)  # they travelled with the messages
-        if personal.due(self.config, number):
-            own = self._hosted(ranks.size, present(self.config, number, ranks.size, ranks.life.members))
-            yield from ranks.broadcast(number, name, "control", {"evaluation": exchange.whole.down.nbytes}, own)
-            yield from ranks.gather(number, name, "control", {"score": personal.SCORE_BYTES}, own, personal.SCORE_BYTES)
 
     def _hosted(self, size: int, clients: Sequence[int] | None = None) -> list[int]:
         homes = Counter(home(client, size) for client in (range(self.config.clients.count) if clients is None else clients))
