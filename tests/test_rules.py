@@ -175,7 +175,7 @@ def test_a_round_of_a_run_ends_in_the_mean_of_its_clients_weights(
     def watched(seat: Any, stage: Any, number: int, client: int) -> Any:
         header, sent_n = update(seat, stage, number, client)
         if number == 3:
-            offset_N = stage.held_N + stage.exchange.up(number).part.spread(sent_n, stage.coordinates.numel)
+            offset_N = stage.held_N + stage.exchange.sends(number).spread(sent_n, stage.coordinates.numel)
             stage.coordinates.write(seat.net, stage.reference_N + offset_N)
             module = seat.net.get_submodule(layer)
             trained_K.append((header.num_examples, (module.base_layer.weight + module.get_delta_weight("default")).detach()))
