@@ -33,17 +33,12 @@ def plan(config: Config, classifier: TaskModel, mbit: Sequence[float]) -> dict[s
     by_phase = {phase["phase"]: phase["payload_bytes"] for phase in phases}
     sums = {way: sum(entry[way] for entry in by_phase.values()) for way in ("up", "down")}
     full = full_finetuning(config, classifier)
-    rounds, chosen = sum(phase["rounds"] for phase in phases), sum(bool(phase["selection_bytes"]["up"]) for phase in phases)
-    agreed = sum(up + (down if kind == "key" else 0) for kind, (up, down) in agreements(config, config.sampled).items())
-    control = config.sampled * (HEADER_BYTES * (rounds + chosen) + agreed * rounds) + sum(
-        sum(phase["evaluation_bytes"].values()) for phase in phases
-    )
     return {
         "parameters": parameters,
         "clients": {"count": config.clients.count, "per_round": config.sampled},
-        "rounds": rounds,
+        "rounds": sum(phase["rounds"] for phase in phases),
         "phases": phases,
-        "payload_bytes": sums | {"control": control, "by_phase": by_phase},
+        "payload_bytes": sums | {"control": sum(phase["control_bytes"] for phase in phases), "by_phase": by_phase},
         "full_finetuning_payload_bytes": full,
         "minutes": {f"{rate:g}": _minutes(_one_client(phases), rate) for rate in mbit},
         "full_finetuning_minutes": {f"{rate:g}": _minutes(sum(full.values()) // config.sampled, rate) for rate in mbit},
@@ -80,6 +75,8 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
     faithful = list(exchange.faithful())
     chosen = exchange.selection
     judging = sum(len(present(config, number, 1, (0,))) for number in rounds if personal.due(config, number))
+    evaluation = {"up": personal.SCORE_BYTES * judging, "down": exchange.whole.down.nbytes * judging}
+    drawn = [sum(len(message.clients) for message in exchange.up(number)) for number in rounds]
     selected = {"up": sum(chosen.up.values()), "down": sum(chosen.down.values())} if chosen else {"up": 0, "down": 0}
     return {
         "phase": name,
@@ -95,13 +92,22 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
         "client_bytes": {"up": sum(up for up, _ in faithful), "down": sum(down for _, down in faithful)},
         "handover_bytes": handover,
         "selection_bytes": selected,
-        "evaluation_bytes": {"up": personal.SCORE_BYTES * judging, "down": exchange.whole.down.nbytes * judging},
+        "evaluation_bytes": evaluation,
+        "control_bytes": sum(_control(config, clients) for clients in drawn)
+        + (HEADER_BYTES * drawn[0] if chosen else 0)
+        + sum(evaluation.values()),
         "payload_bytes": {
-            "up": sum(message.wires.up.nbytes * len(message.clients) for message in up) + selected["up"] * config.sampled,
+            "up": sum(message.wires.up.nbytes * len(message.clients) for message in up) + selected["up"] * drawn[0],
             "down": sum(message.wires.down.nbytes * len(message.clients) for message in down)
             + (handover + selected["down"]) * config.clients.count,
         },
     }
+
+
+def _control(config: Config, clients: int) -> int:
+    """Return the bytes with which as many clients' uploads are told apart and, for exact sums, agreed on in a round."""
+    agreed = sum(up + (down if kind == "key" else 0) for kind, (up, down) in agreements(config, clients).items())
+    return clients * (HEADER_BYTES + agreed)
 
 
 def _one_client(phases: Sequence[dict[str, Any]]) -> int:

@@ -16,10 +16,8 @@ def summarize(config: Config, folder: RunFolder, classifier: TaskModel, switch: 
     metrics = folder.lines("metrics")
     ledger = folder.lines("ledger")
     payload = totals(ledger)
-    rounds = {name: sum(line["phase"] == name for line in metrics) for name in payload["by_phase"]}
-    per_client = {
-        name: {way: entry[way] / (rounds[name] * config.sampled) for way in ("up", "down")} for name, entry in payload["by_phase"].items()
-    }
+    trained = {name: sum(len(line["clients"]) for line in metrics if line["phase"] == name) for name in payload["by_phase"]}
+    per_client = {name: {way: entry[way] / trained[name] for way in ("up", "down")} for name, entry in payload["by_phase"].items()}
     scores = {name: metrics[-1][name] for name in ("accuracy", "loss", "perplexity") if name in metrics[-1]}
     return scores | {
         "rounds": len(metrics),

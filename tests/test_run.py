@@ -106,6 +106,15 @@ def test_planned_bytes_are_the_ledgers(name: str, wire: str, tmp_path: Path) -> 
     check_bytes(run(tmp_path / "run", *overrides), *overrides)
 
 
+def test_clients_that_are_away_are_planned_as_such(tmp_path: Path) -> None:
+    """In a round of three of them two clients are left."""
+    overrides = short("clients.away={0: [2, 3], 1: [2, 3], 2: [2, 3], 3: [2, 3]}", "data.limit=24")
+    folder = run(tmp_path / "run", *overrides)
+    check_bytes(folder, *overrides)
+    message = accounts(*overrides)["phases"][0]["message_bytes"]["up"]
+    assert folder.summary()["payload_bytes_per_client_and_round"]["sparse"]["up"] == message
+
+
 @pytest.mark.parametrize("wire", WIRES)
 def test_what_is_kept_at_the_switch_is_planned_too(wire: str, tmp_path: Path) -> None:
     overrides = short("method.lowrank.residual=keep", *WIRES[wire], "data.limit=24")
