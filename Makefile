@@ -26,9 +26,20 @@ $(VENV)/.installed: pyproject.toml
 test: $(VENV)/.installed  ## all tests but those that need a cluster
 	$(BIN)/python -m pytest -m "not cluster" tests
 
-# A real SLURM, several hosts as network namespaces, a second MPI: as root, with Debian packages that are installed here.
+# Open MPI 5 cannot share an environment with MPICH: it has its own, and finds all else in .venv
+FT := .venv-mpi-ft
+$(FT)/.installed: pyproject.toml $(VENV)/.installed
+	$(PYTHON) -m venv $(FT)
+	$(BIN)/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['mpi-ft'], sep='\n')" > $(FT)/requirements.txt
+	$(FT)/bin/python -m pip install -q -r $(FT)/requirements.txt
+	for site in $(FT)/lib/python*/site-packages; do \
+		echo "import site; site.addsitedir('$(CURDIR)/$(VENV)/$${site#$(FT)/}')" > $$site/venv.pth; done
+	touch $@
+
+# A real SLURM, several hosts as network namespaces, two more MPI libraries: as root, with Debian packages that are installed here.
 PACKAGES := slurm-wlm munge iproute2 openmpi-bin shellcheck chromium
-test-cluster: $(VENV)/.installed  ## the tests that need a cluster
+test-cluster: $(VENV)/.installed $(FT)/.installed  ## the tests that need a cluster
 	@if dpkg -s $(PACKAGES) >/dev/null 2>&1; then :; \
 	elif [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES); \
 	else echo "test-cluster: needs root, or: apt-get install $(PACKAGES)"; exit 1; fi
@@ -59,4 +70,4 @@ audit-dependencies: $(VENV)/.installed  ## whether a dependency has a known vuln
 	$(BIN)/python .ci/audit_dependencies.py
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(FT) runs build *.egg-info

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from slora_dist.agreement import gather_bytes
 from slora_dist.calibrate import rehearse
+from slora_dist.comm import ulfm
 from slora_dist.comm.base import Communicator
 from slora_dist.comm.metered import Metered
 from slora_dist.comm.sealed import Sealed
@@ -153,6 +154,7 @@ def _backends(comm: Communicator) -> dict[str, Any]:
         "gloo": dist.is_gloo_available(),
         "nccl": dist.is_nccl_available(),
         "mpi": mpi or shutil.which("mpiexec", path=search),
+        "mpi_heals": comm.name == "mpi" and ulfm.offered(os.environ),
         "gloo_tls": _gloo_tls(),
     }
 

@@ -11,6 +11,7 @@ from slora_dist.admission import Admitted
 from slora_dist.agreement import agree
 from slora_dist.comm.base import Communicator
 from slora_dist.comm.metered import Metered
+from slora_dist.comm.mpi_comm import MpiComm
 from slora_dist.comm.sealed import Sealed
 from slora_dist.comm.shaped import Shaped
 from slora_dist.comm.torch_comm import TorchComm
@@ -49,7 +50,7 @@ class Job:
         self.where.finish = self.folder.finish
         self.shaped = Shaped(self.sealed or comm, routing(config)) if config.network.mode == "sleep" else None
         self.comm = Metered(self.shaped or self.sealed or comm, ledger, self.sealed.carried if self.sealed else int)
-        self.group = comm if isinstance(comm, TorchComm) and comm.generations else None
+        self.group = comm if isinstance(comm, TorchComm | MpiComm) and comm.generations else None
         if self.group and self.group.generations and admitted:
             self.group.generations.begin(admitted.session)
         self.checkpoint: Checkpoint | None = None

@@ -144,7 +144,8 @@ def doctor(found: dict[str, Any]) -> None:
     world, backends = found["world"], found["backends"]
     print("versions    " + ", ".join(f"{name} {text or 'missing'}" for name, text in found["versions"].items()))
     print(f"world       {world['size']} rank(s) by {world['launcher']}, transport {world['transport']}")
-    print(f"backends    gloo {backends['gloo']} (TLS {backends['gloo_tls']}), nccl {backends['nccl']}, MPI {backends['mpi'] or 'missing'}")
+    mpi = f"{backends['mpi'] or 'missing'}{' (goes on without a dead rank)' * backends['mpi_heals']}"
+    print(f"backends    gloo {backends['gloo']} (TLS {backends['gloo_tls']}), nccl {backends['nccl']}, MPI {mpi}")
     print(f"SLURM       {found['slurm'] or 'not here'}")
     print(f"GPUs        {', '.join(found['gpus']) or 'none'}")
     for row in found["interfaces"]:

@@ -76,3 +76,9 @@ def test_open_mpi_is_told_to_hand_the_secret_on(tmp_path: Path) -> None:
     given, _, _ = started("mpirun.sh", tmp_path, version="mpiexec (Open MPI) 5.0.11", SLORA_DIST_SECRET_FILE="file")
     assert given[:2] == ["-x", "SLORA_DIST_SECRET_FILE"]
     assert "-x" not in started("mpirun.sh", tmp_path, version="HYDRA build details: Version: 5.0.2")[0]
+
+
+def test_mpiexec_is_asked_to_let_the_others_live(tmp_path: Path) -> None:
+    given, _, _ = started("mpirun.sh", tmp_path, version="mpiexec (Open MPI) 5.0.11", FT="ulfm")
+    assert given[given.index("--with-ft") + 1] == "ulfm" and "-n" in given[given.index("--with-ft") :]
+    assert "--with-ft" not in started("mpirun.sh", tmp_path, version="mpiexec (Open MPI) 5.0.11")[0]

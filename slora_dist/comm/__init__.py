@@ -15,7 +15,7 @@ def connect(
 ) -> Transport:
     """Return this rank's communicator for ``comm.backend``; ``timeout`` is seconds of one operation.
 
-    With ``healing`` ranks on gloo that no agent watches can form a new group when one dies (``TorchComm.regroup``).
+    With ``healing`` ranks that no agent watches can form a new group when one dies: on gloo, and on MPI where it can (``regroup``).
 
     Raises ``ConfigError`` where backend, launcher and devices do not fit together, ``RunError`` when ranks do not come together.
     """
@@ -27,7 +27,12 @@ def connect(
     if chosen == "mpi":
         from slora_dist.comm.mpi_comm import MpiComm  # mpi4py is an extra, and importing it starts MPI
 
-        return MpiComm(world, timeout)
+        if healing and healing.joins:
+            raise ConfigError("--join", "MPI takes no new process into a run", "gloo, or --resume when the run has ended")
+        ranks = MpiComm(world, timeout)
+        if healing:
+            ranks.watch(world, healing, environ)
+        return ranks
     from slora_dist.comm.torch_comm import TorchComm, open_lifeline, open_store
 
     host, port = rendezvous(environ, world)

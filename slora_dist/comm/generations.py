@@ -38,8 +38,12 @@ class Generations:
     @property
     def number(self) -> int:
         """The number of the present group, from 0."""
-        assert self._group
-        return self._group.generation
+        return self.lifeline.generation
+
+    @property
+    def over(self) -> bool:
+        """Whether the present group is."""
+        return self.lifeline.ended(self.lifeline.generation)
 
     @property
     def losses(self) -> Sequence[Loss]:
@@ -68,10 +72,14 @@ class Generations:
             self._group.cut(self.lifeline.sockets())
             self._group.patience.end()
 
+    def meet(self, seconds: float | None) -> Meeting:
+        """Wait for the meeting of the next group, for the transport's own time-out where ``seconds`` is None."""
+        return self.lifeline.meet(seconds or self._seconds)
+
     @contextmanager
     def next(self, rank: int, seconds: float | None) -> Iterator[Meeting]:
-        """Wait for the meeting of the next group, and note the connections that are opened inside."""
-        meeting = self.lifeline.meet(seconds or self._seconds)
+        """Meet, and note the connections that are opened inside, to be cut when the group is over."""
+        meeting = self.meet(seconds)
         self._group = group = _Group(meeting.generation, set(sockets()))
         if self.lifeline.ended(meeting.generation):
             raise TransportError(f"rank {rank}: regroup failed: somebody has died meanwhile")

@@ -5,10 +5,7 @@ elsewhere are staged through the device, and gathered chunks are handed over on 
 Legend: B bytes of a message, b bytes of a bucket or less.
 """
 
-import errno
-import ipaddress
 import os
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,12 +22,12 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from slora_dist.comm import stream
 from slora_dist.comm.alone import leave
 from slora_dist.comm.base import BUCKET, INIT_SECONDS, MAX_MESSAGE, Chunk, check_summable, check_wire, failing, staged
+from slora_dist.comm.door import listen, reach_lifeline, serve_lifeline
 from slora_dist.comm.generations import Generations
-from slora_dist.comm.lifeline import Healing, Lifeline, RankLifeline, RootLifeline
-from slora_dist.errors import ConfigError, RunError, TransportError
+from slora_dist.comm.lifeline import Healing, Lifeline
+from slora_dist.errors import TransportError
 from slora_dist.world import World
 
-BACKLOG = 1024  # ranks that may knock at the same moment
 NCCL_PATIENCE = timedelta(days=365)  # nccl's watchdog may end the process: the deadlines are those of our waits, which may be longer
 
 
@@ -197,48 +194,20 @@ def open_store(host: str, port: int, world: World, environ: Mapping[str, str]) -
     with failing(world.rank, "connect", 0 if world.rank else None):
         patience = timedelta(seconds=INIT_SECONDS)
         serves = world.rank == 0 and not served
-        door = _listen(host, port, world) if serves else None
+        door = listen(host, port, world) if serves else None
         store = TCPStore(host, port, is_master=serves, timeout=patience, wait_for_workers=False, master_listen_fd=door)
     return PrefixStore(f"attempt{attempt}", store)
-
-
-def _listen(host: str, port: int, world: World) -> int:
-    """Return the descriptor of a socket that listens at ``host`` alone: left to itself a store listens at all addresses of its machine.
-
-    Only where that would shut ranks out it listens at all of them: when others are elsewhere and the name leads rank 0 to its own loopback
-    (as Debian's 127.0.1.1 does), or when the address is that of a relay in front of this machine.
-    """
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    own = ipaddress.ip_address(address[0])
-    try:
-        if world.size > world.local_size and own.is_loopback:
-            return _serve("", port, family)
-        return _serve(str(own), port, family)
-    except OSError as error:
-        if error.errno != errno.EADDRNOTAVAIL:
-            raise RuntimeError(f"cannot listen at {host}:{port} ({error.strerror})") from None
-        return _serve("", port, family)
-
-
-def _serve(address: str, port: int, family: int) -> int:
-    return socket.create_server((address, port), family=family, backlog=BACKLOG).detach()
 
 
 def open_lifeline(host: str, store: Store, world: World, healing: Healing) -> Lifeline:
     """Return this rank's end of the lifeline, which rank 0 serves at ``host``. Its port is in the store, which nobody has to trust."""
     with failing(world.rank, "connect", 0 if world.rank else None):
         if world.rank == 0:
-            root = RootLifeline(socket.socket(fileno=_listen(host, 0, world)), world.size, healing)
+            root = serve_lifeline(host, world, healing)
             store.set("lifeline", str(root.port))
             return root
         store.wait(["lifeline"], timedelta(seconds=INIT_SECONDS))
-        port = store.get("lifeline")
-        try:
-            return RankLifeline(host, int(port), world.rank, healing, INIT_SECONDS)
-        except ConfigError:  # rank 0 has said why it refuses this rank
-            raise
-        except (OSError, ValueError) as error:
-            raise RunError(f"rank {world.rank}: connect with rank 0 failed: no lifeline at {host}:{port[:8]!r} ({error})") from error
+        return reach_lifeline(host, store.get("lifeline").decode(errors="replace"), world, healing)
 
 
 def _call_roll(store: Store, rank: int, size: int) -> None:

@@ -23,7 +23,7 @@ class ClientsConfig(Section):
     min_clients: int | None = Field(
         None,
         ge=1,
-        description="Go on without a rank that dies, and without its clients, as long as so many clients are left. Ranks on gloo that no agent watches: srun tasks, `launch/ranks.sh`. Every client then stays on one rank. Empty: a death ends the run.",
+        description="Go on without a rank that dies, and without its clients, as long as so many clients are left. Ranks on gloo that no agent watches (srun tasks, `launch/ranks.sh`), or on Open MPI 5 with ULFM (`FT=ulfm launch/mpirun.sh`). Every client then stays on one rank. Empty: a death ends the run.",
     )
     away: dict[Key, list[int]] = Field(
         {},

@@ -11,6 +11,7 @@ from torch import Tensor
 from slora_dist import model
 from slora_dist.clientstate import ClientStates
 from slora_dist.comm.metered import Metered
+from slora_dist.comm.mpi_comm import MpiComm
 from slora_dist.comm.sealed import Sealed
 from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.config import Config
@@ -41,14 +42,14 @@ class Seat:
         device: torch.device,
         where: Where,
         network: Network,
-        group: TorchComm | None = None,
+        group: TorchComm | MpiComm | None = None,
         sealed: Sealed | None = None,
     ) -> None:
         self.config, self.comm, self.classifier, self.federation, self.folder = config, comm, classifier, federation, folder
         self.is_root = comm.rank == 0
         self.where, self.journal = where, Journal(comm.ledger)
         self.device, self.network = device, network
-        self.group, self.sealed = group, sealed  # the process group, where it can be formed anew, and the encryption around it
+        self.group, self.sealed = group, sealed  # the group of ranks, where it can be formed anew, and the encryption around it
         self.net = classifier.net.to(device)
         self.pad = int(federation.tokenizer.pad_token_id or 0)
         self.phases = config.method.resolved()

@@ -9,8 +9,10 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from slora_dist.comm import choose, connect
+from slora_dist.comm.door import listen
+from slora_dist.comm.lifeline import Healing
 from slora_dist.comm.mpi_comm import MpiComm
-from slora_dist.comm.torch_comm import _listen, open_store
+from slora_dist.comm.torch_comm import open_store
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.world import World, detect
 from tests.ranks import run_ranks
@@ -69,6 +71,11 @@ def test_mpi_that_is_not_installed_is_said(missing: str, monkeypatch: pytest.Mon
     assert caught.value.setting == "comm.backend"
 
 
+def test_mpi_takes_in_no_new_process() -> None:
+    with pytest.raises(ConfigError, match="--join: MPI takes no new process"):
+        connect("mpi", world(2, "openmpi"), {}, TIMEOUT, CPU, Healing(TIMEOUT, b"", b"", lambda *_: None, joins=True))
+
+
 def test_gloo_in_an_mpi_world_needs_a_place_to_meet() -> None:
     with pytest.raises(ConfigError, match=r"MASTER_ADDR=<host of rank 0> MASTER_PORT=29500 mpiexec -n 2 ") as caught:
         connect("gloo", world(2, "mpich"), {}, TIMEOUT, CPU)
@@ -102,7 +109,7 @@ def test_rank_0_of_a_step_serves_the_store() -> None:
 def test_the_store_listens_where_it_is_told(host: str, local_size: int, listens: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with socket.socket(fileno=_listen(host, port, World(0, 2, 0, local_size, 0, "slurm"))) as door:
+    with socket.socket(fileno=listen(host, port, World(0, 2, 0, local_size, 0, "slurm"))) as door:
         assert door.getsockname() == (listens, port)
 
 
