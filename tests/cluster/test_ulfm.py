@@ -37,7 +37,7 @@ def test_the_others_go_on_without_a_rank_that_is_killed(environ: Mapping[str, st
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     rank = [BIN / "python", tmp_path / "program.py", tmp_path / "mark", "train", TINY, *SETTINGS, "clients.min_clients=2"]
     command = [BIN / "mpiexec", "--with-ft", "ulfm", "--oversubscribe", "-n", str(RANKS), *rank, "--out", tmp_path / "run"]
-    said = output(["sh", "-c", '"$@" 2>&1; echo exit code $?', "sh", *command], timeout=200, env={**environ, **as_root})
+    said = output(["sh", "-c", '"$@" 2>&1; echo exit code $?', "sh", *command], timeout=300, env={**environ, **as_root})
     assert said.endswith("exit code 3\n") and f"rank {VICTIM} is gone: its connection closed" in said, said
     healed, planned = RunFolder(tmp_path / "run"), run(tmp_path / "planned", *SETTINGS, f"clients.away={{{CLIENT}: [3]}}")
     assert [(lost["rank"], lost["round"], lost["clients"]) for lost in healed.summary()["lost"]] == [(VICTIM, 3, [CLIENT])]
