@@ -3,6 +3,7 @@
 It is a resumption within the process. Nothing is trained twice: a client's update of the round that broke is kept, and sent again.
 """
 
+from slora_dist.comm.mpi_comm import MpiComm
 from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.errors import RunError, TransportError
 from slora_dist.log import say
@@ -40,7 +41,7 @@ def heal(seat: Seat, error: TransportError) -> Checkpoint | None:
     return checkpoint
 
 
-def _regroup(group: TorchComm) -> None:
+def _regroup(group: TorchComm | MpiComm) -> None:
     """Form the next group. One may die while it is formed, and then it is tried again; rank 0 gives up where it fails and all live."""
     assert group.generations
     failed, lost = 0, len(group.generations.losses)
