@@ -6,6 +6,7 @@ being written, and the run then goes on from the one before that. A run that is 
 for that the run folder has to lie where all ranks see it.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,6 +47,10 @@ class ClientStates:
         later = [old for at, old in self._states(client) if at > number]  # of rounds that are played again
         for old in [*later, *[old for at, old in self._states(client) if at <= number][:-KEPT]]:
             old.unlink()
+
+    def forget(self) -> None:
+        """Forget all clients: the run begins, and what is there is of another one in the same place, on this rank's own disk perhaps."""
+        shutil.rmtree(self._path, ignore_errors=True)  # ranks that share a folder do so at once
 
     def _states(self, client: int) -> list[tuple[int, Path]]:
         found = self._folder(client).glob("round-*.safetensors")

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from slora_dist.clientstate import ClientStates
 from slora_dist.errors import RunError
+from tests.tiny import SHORT, run, same
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -40,3 +42,11 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(RunError, match=r"state of client 3 .*round-00001"):
         states.load(3, 2)
+
+
+def test_a_run_that_begins_takes_nothing_from_one_before_it(tmp_path: Path) -> None:
+    kept = (*SHORT, "comm.wire.topk=0.2", "comm.wire.indices=gap")
+    clean = run(tmp_path / "clean", *kept)
+    shutil.copytree(clean.path / "clients", tmp_path / "again" / "clients")
+    assert any((tmp_path / "again" / "clients").rglob("round-00001.safetensors"))
+    assert same(run(tmp_path / "again", *kept), clean)

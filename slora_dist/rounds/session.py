@@ -63,21 +63,24 @@ class Session:
 
         Where ranks heal, a collective that breaks is no end: the round is played again with those who are left.
         """
+        anew = not (self.seat.group and self.seat.group.generations and self.seat.group.generations.joins)
         while True:
             try:
-                yield from self._life(resumed, stop_after)
+                yield from self._life(resumed, stop_after, anew)
                 if self.seat.group:  # until all are through, a death may make the others play the last round again
                     self.seat.group.barrier()
                 return
             except TransportError as error:
-                resumed = heal(self.seat, error)
+                resumed, anew = heal(self.seat, error), False
 
-    def _life(self, resumed: Checkpoint | None, stop_after: int | None) -> Iterator[dict[str, Any]]:
+    def _life(self, resumed: Checkpoint | None, stop_after: int | None, anew: bool) -> Iterator[dict[str, Any]]:
         position = [resumed.values["phase"], resumed.values["round"]] if resumed else [0, 0]
         self.clocks, self.clock_error = synchronize(self.comm)
         self._unjudged = resumed.values["unjudged"] if resumed else None
         at, done = tell(self.comm, position, Label("start", position[1] + 1, "control", {"position": 16}))
         self.journal.recall(done)
+        if anew and not done:
+            self.seat.states.forget()  # before the phase's fingerprints are gathered, and so before anybody trains
         stage = phases.restore(self.seat, at, done, resumed) if done else phases.begin(self.seat, 0, None)
         end = self.rounds if stop_after is None else min(self.rounds, max(done, stop_after))
         while True:
