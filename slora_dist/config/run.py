@@ -229,6 +229,8 @@ class Config(Section):
         if rules - {"fedavg", "ffa"}:
             problem = "true with a rule under which clients' gradients are not of the same coordinates every round"
             raise ConfigError("clients.scaffold", problem, "false; or method.lowrank.rule fedavg or ffa")
+        if self.server.weighting != "uniform":
+            raise ConfigError("server.weighting", "examples with clients.scaffold, whose variates are means over clients", "uniform")
         if self.privacy.clip is not None:
             raise ConfigError("clients.scaffold", "true with privacy.clip, which bounds updates without their variates", "false")
         if self.clients.keep or self.comm.wire.topk:
