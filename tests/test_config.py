@@ -96,7 +96,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
         "implicit",
     ),
     ("method.phases.1.kind", {"method": {"name": "custom", "phases": [{"kind": "dense"}, {"kind": "sparse"}]}}, "sparse first"),
-    ("method.phases.0.rnk", {"method": {"name": "custom", "phases": [{"kind": "lowrank", "rnk": 2}]}}, "alpha, dropout"),
+    ("method.phases.0.rnk", {"method": {"name": "custom", "phases": [{"kind": "lowrank", "rnk": 2}]}}, "alpha, client_ranks, dropout"),
     ("method.phases.1.density", {"method": {"name": "custom", "phases": [{"kind": "dense"}, {"kind": "sparse", "density": 9}]}}, "to 1"),
     ("method.lowrank.init", {"method": {"lowrank": {"init": "random"}}}, "'svd', 'completion', 'kaiming' or 'pissa'"),
     ("method.lowrank.init", {"method": {"name": "lora", "lowrank": {"init": "svd"}}}, "or a method with an earlier phase"),

@@ -145,7 +145,11 @@ def fake(folder: Path, config: dict[str, Any], phases: list[tuple[str, int, floa
             line = {"rank": 1, "round": number, "direction": direction, "clients": clients, "payload_bytes": message * clients}
             ledger += [line, line | {"rank": 0, "clients": 0, "payload_bytes": 0}, line | {"direction": "control"}]
     switch = {"accuracy_before": 0.4, "accuracy_after": 0.3} if len(phases) > 1 else None
-    timeline = [{"rank": 0, "what": "switch", "seconds": 30.0}, {"rank": 1, "what": "switch", "seconds": 1.0}] if switch else []
+    timeline = (
+        [{"rank": 0, "round": 3, "what": "switch", "seconds": 30.0}, {"rank": 1, "round": 3, "what": "switch", "seconds": 1.0}]
+        if switch
+        else []
+    )
     for name, lines in (("metrics", metrics), ("ledger", ledger), ("timeline", timeline)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "summary.json").write_text(json.dumps({"accuracy": scores[-1], "switch": switch, "seconds": {"total": 2.0}}))

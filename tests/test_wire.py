@@ -210,8 +210,12 @@ def test_a_cut_through_a_value_is_refused(values: Values) -> None:
 def test_header_round_trip() -> None:
     assert HEADER.pack().shape == (HEADER_BYTES,)
     assert Header.unpack(HEADER.pack(), HEADER) == HEADER
-    told = replace(HEADER, num_examples=1, loss=0.0, seconds=9.0)
+    told = replace(HEADER, loss=0.0, seconds=9.0)
     assert Header.unpack(HEADER.pack(), told) == HEADER, "what only the client can know is not held against anything"
+    unknown = replace(HEADER, num_examples=0)
+    assert Header.unpack(HEADER.pack(), unknown) == HEADER, "nor is its size, where its documents are its own"
+    with pytest.raises(RunError, match="trained on 240 examples, it has 1"):
+        Header.unpack(HEADER.pack(), replace(HEADER, num_examples=1))
 
 
 @pytest.mark.parametrize("field", ["client", "phase", "round", "body_bytes"])

@@ -59,8 +59,11 @@ class Layers:
 
     @property
     def overhead(self) -> float | None:
-        """What TCP sent beyond the transport's bytes, as a share of these; None where one of the two is missing."""
-        return self.tcp_sent / self.transport - 1 if self.tcp_sent and self.transport else None
+        """What TCP delivered beyond the transport's bytes, as a share of these; None where one of the two is missing.
+
+        The kernel counts as sent what has been acknowledged: at the end of a run some of it has arrived and is not yet.
+        """
+        return self.tcp_received / self.transport - 1 if self.tcp_received and self.transport else None
 
 
 def layers(run: Run) -> Layers:
