@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-
 from slora_dist.config import DataConfig
 from slora_dist.data.fetch import resolve
 from slora_dist.data.instructions import Reader, Span, Written
@@ -130,6 +128,8 @@ def _rows(found: Any) -> Rows:
 
 def _open(path: str, setting: str) -> Any:
     """Return the rows at ``path`` (``Rows`` or a ``datasets.Dataset``), or a dict of splits: rows, or files that are still closed."""
+    import pyarrow
+
     path = resolve(path, "data")
     if path in MADE:
         return {split: Rows(pyarrow.table(columns)) for split, columns in MADE[path]().items()}

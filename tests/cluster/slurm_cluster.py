@@ -58,6 +58,8 @@ class SlurmCluster:
         self.folder, self.nodes = folder, nodes
         self.environ = {name: value for name, value in environ.items() if not name.startswith("SLURM_")}
         self.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+        # the addresses of all transports of UCX are long, and pmi2 garbles them in some jobs: MPI_Init then fails before any line of ours
+        self.environ.setdefault("UCX_TLS", "tcp,self")
 
     def up(self) -> None:
         """Start the daemons and return when all nodes are idle."""
