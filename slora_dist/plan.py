@@ -70,13 +70,13 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
     Where ranks differ, both are those of a client of the largest.
     """
     first, rounds = exchange.largest(exchange.first), exchange.numbers()
-    up = [message for number in rounds for message in exchange.up(number)]
+    up = [exchange.up(number) for number in rounds]
     down = [message for number in rounds for message in [*exchange.down(number), *exchange.folds(number)]]
     faithful = list(exchange.faithful())
     chosen = exchange.selection
     judging = sum(len(present(config, number, 1, (0,))) for number in rounds if personal.due(config, number))
     evaluation = {"up": personal.SCORE_BYTES * judging, "down": exchange.whole.down.nbytes * judging}
-    drawn = [sum(len(message.clients) for message in exchange.up(number)) for number in rounds]
+    drawn = [sum(len(message.clients) for message in messages) for messages in up]
     selected = {"up": sum(chosen.up.values()), "down": sum(chosen.down.values())} if chosen else {"up": 0, "down": 0}
     return {
         "phase": name,
@@ -97,7 +97,8 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
         + (HEADER_BYTES * drawn[0] if chosen else 0)
         + sum(evaluation.values()),
         "payload_bytes": {
-            "up": sum(message.wires.up.nbytes * len(message.clients) for message in up) + selected["up"] * drawn[0],
+            "up": sum(message.wires.up.nbytes * len(message.clients) for messages in up for message in messages)
+            + selected["up"] * drawn[0],
             "down": sum(message.wires.down.nbytes * len(message.clients) for message in down)
             + (handover + selected["down"]) * config.clients.count,
         },

@@ -4,42 +4,35 @@ Frames come to rank 0 by the run's own way, from a sender that means harm: it kn
 ``fuzz/`` go on from here for as long as they are let.
 """
 
-import copy
-import json
 import math
 import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import save
 from torch import Tensor
 
-from slora_dist import handover, settings, upload
-from slora_dist.admission import account, judge
-from slora_dist.aggregate.factors import Pair
+from slora_dist import settings, upload
 from slora_dist.comm.alone import Alone
 from slora_dist.comm.metered import Metered
 from slora_dist.config import Config, Indices, Values
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.exactsum import exact
 from slora_dist.fixed import Fixed
-from slora_dist.journal import Journal, settle
-from slora_dist.ledger import Label, Ledger, Timing
+from slora_dist.ledger import Label, Ledger
 from slora_dist.runfolder import Checkpoint, RunFolder
 from slora_dist.settings import validate
 from slora_dist.support import Slot, Support
-from slora_dist.svd import Factors
 from slora_dist.topk import TopK
 from slora_dist.upload import Upload
 from slora_dist.wire import HEADER_BYTES, Header, Wire, as_bytes, frame
+from tests.hostile import Bomb, spoilt
 from tests.tiny import TINY, tiny
 
 FRAMES, CONFIGS = 10_000, 1_000
@@ -182,15 +175,6 @@ def pickled(wire: Wire | TopK | Fixed, rng: Rng) -> Tensor:
     return frame(header(3, wire), as_bytes(data)) if rng.random() < 0.5 else as_bytes(data)
 
 
-class Bomb:
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return explode, ("unpickled",)
-
-
-def explode(how: str) -> None:
-    raise AssertionError(how)
-
-
 ATTACKS = (
     damaged, cut, cut_and_sealed, too_long, noise, somebody_else, another_version, another_format, other_positions, other_scales,
     other_figures, pickled,
@@ -226,115 +210,6 @@ def test_any_bytes_are_an_update_or_refused() -> None:
             assert wire.decode(flipped(wire.encode(torch.ones(N)), rng)).shape == (N,)
         except RunError:
             continue
-
-
-def notes() -> Any:
-    """What a rank tells of a round in which it sent a message and timed a span."""
-    journal = Journal(Ledger(1))
-    journal.ledger.add(Label("sparse", 7, "up", {"value": 8}), "gather", 1, 8, Timing(1.0, 2.0, ready=[1.5]))
-    journal.note("train", "sparse", 7, 1.0, 2.0, client=3)
-    return json.loads(journal.take(7))
-
-
-def told(text: bytes) -> None:
-    """Let rank 0 settle a round of which rank 1 tells ``text``."""
-    journal = Journal(Ledger(0))
-    journal.ledger.add(Label("sparse", 7, "up", {"value": 8}), "gather", 0, 8, Timing(1.0, 2.0, arrived=[(2.0, 0.0)], senders=[1]))
-    settle({0: journal.take(7), 1: text}, {0: 0.0, 1: 0.0})
-
-
-def test_bad_notes_are_refused_with_one_clear_error() -> None:
-    rng, refused = Rng(13), 0
-    told(json.dumps(notes()).encode())
-    for number in range(600):
-        text = json.dumps(spoilt(notes(), rng, JSON_GARBAGE)).encode()
-        try:
-            told(text if number % 3 else text[: rng.randrange(len(text))])
-        except RunError as error:
-            refused += 1
-            assert str(error).startswith("rank 1: its notes of the round ") and "\n" not in str(error)
-    assert refused > 400
-    fewer, more, other = notes(), notes(), notes()
-    fewer["entries"], more["entries"][0]["timing"]["ready"], other["entries"][0]["op"] = [], [1.0, 2.0], "reduce"
-    for wrong in (json.dumps(tree).encode() for tree in (fewer, more, other)):
-        with pytest.raises(RunError, match="rank 1: its notes of the round tell of"):
-            told(wrong)
-    for text in (b"", b"\xff", b"[" * 100_000, b"9" * 5000):
-        with pytest.raises(RunError, match="cannot be read"):
-            told(text)
-
-
-def spread_by(wire: bytes, monkeypatch: pytest.MonkeyPatch) -> dict[str, Factors]:
-    """Let rank 0 take the factors of the one layer that rank 1 factored."""
-    monkeypatch.setattr(handover, "gather_bytes", lambda *_: {0: save({}), 1: wire})
-    pair = Pair("layer", slice(0, 6), slice(6, 14), rank=2, scale=1.0)
-    comm: Any = SimpleNamespace(rank=0, members=[1, 0])
-    return handover.spread(comm, ["layer"], lambda _: {}, {"layer": pair}, Label("lowrank", 3, "control", {"factors": 0}))
-
-
-def test_bad_factors_are_refused_with_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = {"layer/b": torch.ones(4, 2), "layer/a": torch.ones(2, 3), "layer/energies": torch.ones(3, dtype=torch.float64)}
-    assert spread_by(save(good), monkeypatch)["layer"].a_RI.shape == (2, 3)
-    for wrong, problem in (
-        ({"layer/b": torch.ones(2, 4)}, "other factors than those of its layers"),
-        ({"layer/a": torch.ones(2, 3).half()}, "other factors than those of its layers"),
-        ({"layer/energies": torch.ones(2, dtype=torch.float64)}, "other factors than those of its layers"),
-        ({"another/b": torch.ones(4, 2)}, "other factors than those of its layers"),
-        ({"layer/b": torch.full((4, 2), math.nan)}, "factors that are not finite"),
-    ):
-        with pytest.raises(RunError, match=f"rank 1 sent {problem}"):
-            spread_by(save(good | wrong), monkeypatch)
-    rng, whole = Rng(17), save(good)
-    for number in range(300):
-        bad = (whole[: rng.randrange(len(whole))], rng.randbytes(99), pickle.dumps(Bomb()), b"")[number % 4]
-        with pytest.raises(RunError, match="rank 1 sent factors that cannot be read"):
-            spread_by(bad, monkeypatch)
-
-
-def test_a_bad_account_of_a_rank_that_joins_is_refused() -> None:
-    rng, config = Rng(19), tiny()
-    good = account(config)
-    assert judge(config, 2, good) is None
-    wrong = (
-        b"",
-        b"\xff\xfe",
-        b"[]",
-        b"3",
-        b"[" * 60_000,
-        b'{"version": 1}',
-        good[:99],
-        pickle.dumps(Bomb()),
-        good.replace(b"null", b"[1]"),
-    )
-    for text in (*wrong, *(rng.randbytes(50) for _ in range(50))):
-        refusal = judge(config, 2, text)
-        assert refusal and len(str(refusal).splitlines()) == 1 and "rank 2" in str(refusal)
-
-
-JSON_GARBAGE: tuple[Any, ...] = (None, -1.5, math.nan, -math.inf, "", "nan", "ж" * 50, [], [[1]], ["a", {}], {}, {"a": 1}, 10**400)
-GARBAGE: tuple[Any, ...] = (
-    None, True, -1, 0, 1.5, 1e400, -math.inf, math.nan, "", "nan", "1e-3x", "\x00", "ж" * 50, [], [1], ["a", {}], {}, {"a": 1}, {1: 2},
-    10**40, "comm.wire", b"bytes", [[[[]]]], {"kind": "sparse"}, [{"kind": "no"}], "2026-01-01",
-)  # fmt: skip
-
-
-def paths(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    below = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [at, *(path for key, value in below for path in paths(value, (*at, key)))]
-
-
-def spoilt(tree: Any, rng: Rng, garbage: Sequence[Any] = GARBAGE) -> Any:
-    """Return the tree with garbage at one to three places: in place of a value, or under a name that nobody knows."""
-    tree = copy.deepcopy(tree)
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        *parents, last = rng.choice(paths(tree)[1:])
-        node = tree
-        for part in parents:
-            node = node[part]
-        node[last if rng.random() < 0.8 or isinstance(node, list) else rng.choice(("nobody", "", "kind", 7))] = copy.deepcopy(
-            rng.choice(garbage)
-        )
-    return tree
 
 
 def test_every_bad_config_gives_one_clear_error() -> None:

@@ -157,6 +157,7 @@ def test_when_all_are_left_out_the_run_ends_and_says_so(monkeypatch: pytest.Monk
     [
         ("comm.collective", ("server.aggregate=median", "comm.collective=reduce")),
         ("server.hostile", ("server.aggregate=krum", "server.hostile=1", "clients.per_round=4")),
+        ("server.hostile", ("server.aggregate=krum", "server.hostile=1", "clients.count=4")),
         ("clients.away", ("server.aggregate=krum", "server.hostile=1", "clients.per_round=5", "clients.away={0: [2, 3], 1: [3]}")),
         ("clients.away", ("clients.away={0: [1], 1: [1], 2: [1], 3: [1], 4: [1], 5: [8]}",)),
         ("clients.away", ("comm.sum=exact", "comm.secure=true", "clients.away={0: [1], 1: [1], 2: [1], 3: [1], 4: [5, 6]}")),

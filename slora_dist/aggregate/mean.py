@@ -86,19 +86,27 @@ class Kept:
         self._numel = numel
         self._weight_K: list[float] = []
         self._update_KN: list[Tensor] = []
+        self._sound_K: list[bool] = []
 
     def count(self, weight: float) -> None:
         """Announce a client of ``weight``, before its first stretch."""
         self._weight_K.append(weight)
         self._update_KN.append(torch.zeros(self._numel))
+        self._sound_K.append(weight > 0)
 
     def add(self, start: int, values_n: Tensor, weight: float) -> None:
         """Take a stretch of a client's update that begins at coordinate ``start``."""
+        self._look(values_n)
         self._update_KN[-1][start : start + values_n.numel()] = values_n
 
     def scatter(self, index_k: Tensor, values_k: Tensor, weight: float) -> None:
         """Take a client's update that is zero but at the positions ``index_k``."""
+        self._look(values_k)
         self._update_KN[-1][index_k] = values_k
+
+    def _look(self, values_n: Tensor) -> None:
+        """Note whether the last client's update is sound so far, while its values are at hand."""
+        self._sound_K[-1] = self._sound_K[-1] and finite(values_n)
 
     def items(self) -> Iterator[tuple[float, Tensor]]:
         """Yield weight and update of every client in the order of ``count``, sound or not."""
@@ -107,12 +115,11 @@ class Kept:
     @property
     def refused(self) -> list[int]:
         """The numbers of updates that are not sound, from 0 in the order of ``count``."""
-        return [at for at, (weight, update_N) in enumerate(self.items()) if not weight or not finite(update_N)]
+        return [at for at, sound in enumerate(self._sound_K) if not sound]
 
     def sound(self) -> tuple[list[float], list[Tensor]]:
         """Return weights and updates of the clients that are not refused."""
-        refused = set(self.refused)
-        chosen = [at for at in range(len(self._weight_K)) if at not in refused]
+        chosen = [at for at, sound in enumerate(self._sound_K) if sound]
         return [self._weight_K[at] for at in chosen], [self._update_KN[at] for at in chosen]
 
     @property

@@ -57,7 +57,7 @@ class Metered:
                 self.ledger.broken.append(self._broken(label, len(made.sizes), made.sizes, received, clock))
             raise
         clock.stop()
-        moved = received + (sum(map(self.carried, made.sizes)) if self.rank else 0)
+        moved = self._moved(made.sizes, received)
         clients, varying = len(made.sizes) if nbytes is not None or header else 1, dict[str, int]()
         if nbytes is None:  # sizes are known only now
             first, *rest = label.by_kind
@@ -68,10 +68,14 @@ class Metered:
             control = Label(label.phase, label.round, "control", {"header": HEADER_BYTES})
             self.ledger.add(control, "gather", len(made.sizes), 0, Timing(clock.began, 0.0))
 
+    def _moved(self, sizes: Sequence[int], received: int) -> int:
+        """Return the bytes that this rank received, and of its own messages of these ``sizes`` handed over."""
+        return received + (sum(map(self.carried, sizes)) if self.rank else 0)
+
     def _broken(self, label: Label, clients: int, sizes: Sequence[int], received: int, clock: "_Clock") -> Entry:
         """Return the entry of a gather that broke: this rank's messages until then, on rank 0 what had arrived of the others'."""
         clock.stop()
-        moved = received + (sum(map(self.carried, sizes)) if self.rank else 0)
+        moved = self._moved(sizes, received)
         control = Label(label.phase, label.round, "control", {BROKEN: 0})
         return Entry(control, "gather", clients, moved, Timing(clock.began, clock.seconds), {BROKEN: sum(sizes)})
 

@@ -117,9 +117,10 @@ class Config(Section):
                 raise ConfigError("clients.away", f"client {client}: {span}", allowed)
         least = max(self.server.least, 2 if self.comm.secure else 1)
         for number in range(1, 1 + sum(phase.rounds for phase in self.method.resolved())):
-            there = self.clients.count - len(self.clients.away_in(number))
-            if there < least:
-                raise ConfigError("clients.away", f"round {number} is left with {there} clients", f"{least} or more in every round")
+            away = len(self.clients.away_in(number))
+            if away and self.clients.count - away < least:
+                problem = f"round {number} is left with {self.clients.count - away} clients"
+                raise ConfigError("clients.away", problem, f"{least} or more in every round")
 
     def _sum_fits(self) -> None:
         wire, exact = self.comm.wire, self.comm.sum == "exact"
