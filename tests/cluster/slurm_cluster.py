@@ -11,12 +11,14 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from tests.cluster.processes import alive, having, output, until
 
+TEND = 5  # seconds between two looks at nodes and jobs that SLURM has put aside
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 CONF = """\
@@ -27,8 +29,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# a requeued job waits for cred_expire; 5 is the least that SLURM takes
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
+# a requeued job waits for cred_expire, and a step that a busy machine starts later than that is refused
+AuthInfo=socket={folder}/munge.sock,cred_expire=10
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -69,8 +71,7 @@ class SlurmCluster:
         output(["munged", f"--key-file={key}", f"--socket={sock}", *names])
         output(["slurmctld", "-i"], env=self.environ)
         for number in range(1, self.nodes + 1):
-            inside = f"hostname node{number} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -N node{number}"
-            output(["unshare", "--uts", "--mount", "bash", "-c", inside], env=self.environ)
+            self._serve(number)
         until(lambda: self("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * self.nodes, "all nodes idle")
 
     def down(self) -> None:
@@ -98,10 +99,55 @@ class SlurmCluster:
         """Return what SLURM knows of a job."""
         return dict(re.findall(r"(\w+)=(\S*)", self("scontrol", "-o", "show", "job", number)))
 
+    def until(self, condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+        """Return as soon as ``condition`` holds; an error says what SLURM was at.
+
+        On a busy machine SLURM itself may fail: a batch job that could not be launched is held and its node drained, or a daemon is gone.
+        """
+        tended = time.monotonic()
+
+        def holds() -> bool:
+            nonlocal tended
+            if time.monotonic() > tended + TEND:
+                self._tend()
+                tended = time.monotonic()
+            return condition()
+
+        try:
+            until(holds, what, timeout)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self._state()}") from None
+
     def wait(self, number: str, timeout: float = 120) -> dict[str, str]:
         """Return a job's facts once it has ended."""
-        until(lambda: self.job(number)["JobState"] in ENDED, f"the end of job {number}", timeout)
+        self.until(lambda: self.job(number)["JobState"] in ENDED, f"the end of job {number}", timeout)
         return self.job(number)
+
+    def _tend(self) -> None:
+        """Start daemons anew that are gone; take back the nodes that SLURM drained and the jobs that it holds."""
+        for number in range(1, self.nodes + 1):
+            if not alive(int((self.folder / f"slurmd-node{number}.pid").read_text())):
+                print(f"node{number}: no slurmd; started anew")
+                self._serve(number)
+        for line in self("sinfo", "-h", "-N", "-t", "drain,down", "-o", "%N %E").splitlines():
+            print(f"{line}: resumed")
+            self("scontrol", "update", f"NodeName={line.split()[0]}", "State=RESUME")
+        for line in self("squeue", "-h", "-r", "-t", "pending", "-o", "%i %r").splitlines():
+            if "held" in line.lower():
+                print(f"job {line}: released")
+                self("scontrol", "release", line.split()[0])
+
+    def _state(self) -> str:
+        """Return the queue, the nodes, and the last complaints of each daemon."""
+        said = [self("squeue", "-r", "-o", "%i %T %r"), self("sinfo", "-N", "-o", "%N %T %E")]
+        for file in sorted(self.folder.glob("*.log")):
+            complaints = [line for line in file.read_text().splitlines() if "error" in line and "pmi" not in line]
+            said += [file.name, *complaints[-10:]]
+        return "\n".join(said)
+
+    def _serve(self, number: int) -> None:
+        inside = f"hostname node{number} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -N node{number}"
+        output(["unshare", "--uts", "--mount", "bash", "-c", inside], env=self.environ)
 
     def _write(self) -> None:
         for name in ("", "state", *(f"spool-node{number}" for number in range(1, self.nodes + 1))):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import LONG
-from tests.cluster.processes import command_line, having, until
+from tests.cluster.processes import command_line, having
 from tests.cluster.runs import adapter, lines, payload, ranks, rounds
 from tests.cluster.slurm_cluster import SlurmCluster
 
@@ -45,9 +45,9 @@ def test_a_requeued_job_goes_on_and_ends_in_the_bits_of_an_undisturbed_one(slurm
     command = [sys.executable, "-m", "slora_dist", "slurm", "configs/tiny.yaml", *LONG, "--nodes", "2", "--launcher", "srun", "--requeue"]
     number = slurm(*command, "--out", "run", cwd=shared).split()[-1]
     run = shared / "run"
-    until(lambda: len(rounds(run)) >= 3, "three rounds")
+    slurm.until(lambda: len(rounds(run)) >= 3, "three rounds")
     slurm("scancel", "--batch", "--signal=USR1", number)  # what SLURM itself sends before the time is up
-    until(lambda: slurm.job(number).get("Restarts") == "1", "the second life")
+    slurm.until(lambda: slurm.job(number).get("Restarts") == "1", "the second life")
     noted = len(rounds(run))
     assert 3 <= noted < 20, "the signal came when all was done"
     facts = slurm.wait(number)
@@ -62,7 +62,7 @@ def test_an_array_sweeps_four_configurations(slurm: SlurmCluster, shared: Path) 
     sweep = [f"configs/tiny.yaml method.name={method} {short} --out runs/{method}\n" for method in methods]
     (shared / "sweep.txt").write_text("".join(sweep))
     number = slurm.submit("--array=1-4", "slurm/array.sbatch", "sweep.txt", cwd=shared)
-    until(lambda: not slurm("squeue", "-h", "--jobs", number), "the end of the array", 120)
+    slurm.until(lambda: not slurm("squeue", "-h", "--jobs", number), "the end of the array", 120)
     log = "".join(file.read_text() for file in shared.glob("*.out"))
     for method in methods:
         assert (shared / "runs" / method / "summary.json").exists(), log
@@ -75,7 +75,7 @@ def test_a_study_is_one_array_job(slurm: SlurmCluster, shared: Path) -> None:
     (shared / "study.yaml").write_text(f"base: configs/tiny.yaml\nset: {short}\n{grid}\n")
     study = [sys.executable, "-m", "slora_dist", "study", "study.yaml", "--out", "cells"]
     number = slurm(*study, "--slurm", "--jobs", "2", cwd=shared).split()[-1]
-    until(lambda: not slurm("squeue", "-h", "--jobs", number), "the end of the array", 120)
+    slurm.until(lambda: not slurm("squeue", "-h", "--jobs", number), "the end of the array", 120)
     log = "".join(file.read_text() for file in shared.glob("*.out"))
     assert {path.parent.parent.name for path in (shared / "cells").rglob("summary.json")} == {"fft", "lora"}, log
     slurm(*study, "--tables-only", cwd=shared, timeout=120)
@@ -96,7 +96,7 @@ def test_the_death_of_a_rank_ends_the_job_and_leaves_nothing_behind(
     """One line names the dead rank and what it was doing; the launcher names it, too, and the others say where they were."""
     endless = ("method.sparse.rounds=1000", *overrides)
     number = slurm.submit("--nodes=3", f"slurm/{script}.sbatch", "configs/tiny.yaml", *endless, "--out", "run", cwd=shared)
-    until(lambda: len(rounds(shared / "run")) >= 2, "two rounds", 90)
+    slurm.until(lambda: len(rounds(shared / "run")) >= 2, "two rounds", 90)
     victim, _witness = sorted(pid for pid in having({"SLURM_JOB_ID": number, variable: "2"}) if is_rank(pid))
     os.kill(victim, signal.SIGKILL)
     assert slurm.wait(number, 40)["JobState"] == "FAILED"
@@ -104,7 +104,7 @@ def test_the_death_of_a_rank_ends_the_job_and_leaves_nothing_behind(
     assert re.search(named, log), log
     assert re.search(r"^slora-dist \[rank 2\] died in phase sparse, round \d+, \w+", log, re.MULTILINE), log
     assert re.search(r"^slora-dist \[rank [01]\] (failed|ended by SIGTERM) in phase sparse, round \d+, \w+", log, re.MULTILINE), log
-    until(lambda: not list(having({"SLURM_JOB_ID": number})), "nothing left of the job", 20)
+    slurm.until(lambda: not list(having({"SLURM_JOB_ID": number})), "nothing left of the job", 20)
 
 
 def is_rank(pid: int) -> bool:
@@ -129,7 +129,7 @@ def test_a_job_goes_on_without_a_killed_rank(slurm: SlurmCluster, shared: Path, 
     ranks = ("--nodes=3", "--ntasks=5", "--ntasks-per-node=2")
     number = slurm.submit(*ranks, "slurm/healing.sbatch", *settings, "clients.min_clients=2", "--out", "run", cwd=shared)
     run = shared / "run"
-    until(lambda: len(rounds(run)) >= 4, "four rounds", 90)
+    slurm.until(lambda: len(rounds(run)) >= 4, "four rounds", 90)
     victim, _witness = sorted(pid for pid in having({"SLURM_JOB_ID": number, "SLURM_PROCID": "3"}) if is_rank(pid))
     os.kill(victim, signal.SIGKILL)
     facts = slurm.wait(number, 90)
