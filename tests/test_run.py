@@ -26,6 +26,8 @@ RESUMED = {
     "momentum": ("server.momentum=0.5", "server.weighting=examples", "method.name=primed_fft", "comm.wire.values=bfloat16"),
     "keep twice": ("method.name=custom", f"method.phases={THREE % 'keep'}"),
     "keep once of two": ("method.name=custom", f"method.phases={THREE % 'drop'}"),
+    "keep nothing": ("method.sparse.scope=targets", "method.lowrank.remainder=keep"),
+    "keep no matrix": ("method.name=custom", "method.phases=[{kind: bitfit, rounds: 2}, {kind: lowrank, residual: keep}]"),
 }
 
 

@@ -48,8 +48,8 @@ def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
         stage.server = Server(seat.config.server, start.offset_N, stage.exchange.variates)
     if previous and methods.keeps(stage.phase):
         _fold(seat, previous, stage)
-    if previous and seat.base:
-        seat.folder.save_base(seat.base, stage.at)
+    if seat.is_root and methods.base_moves(seat.phases[:at], stage.phase):
+        seat.folder.save_base(seat.base, stage.at)  # also where there was nothing to keep: whoever resumes looks for it
     if previous and seat.is_root:
         with seat.journal.span("evaluate", stage.name, stage.first):
             before, after = seat.score, seat.evaluate(stage)
