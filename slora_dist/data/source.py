@@ -13,7 +13,7 @@ from slora_dist.config import DataConfig
 from slora_dist.data.fetch import resolve
 from slora_dist.data.instructions import Reader, Span, Written
 from slora_dist.data.permutation import subset
-from slora_dist.data.table import Rows, Table, filled, texts
+from slora_dist.data.table import Rows, Table, filled, made, texts
 from slora_dist.data.toy import MADE
 from slora_dist.errors import ConfigError
 from slora_dist.seeding import derive
@@ -128,11 +128,9 @@ def _rows(found: Any) -> Rows:
 
 def _open(path: str, setting: str) -> Any:
     """Return the rows at ``path`` (``Rows`` or a ``datasets.Dataset``), or a dict of splits: rows, or files that are still closed."""
-    import pyarrow
-
     path = resolve(path, "data")
     if path in MADE:
-        return {split: Rows(pyarrow.table(columns)) for split, columns in MADE[path]().items()}
+        return {split: made(columns) for split, columns in MADE[path]().items()}
     place = Path(path)
     if place.is_dir():
         return _folder(place, setting)
@@ -179,7 +177,8 @@ def _parquet(file: Path, setting: str) -> Rows | None:
     import pyarrow.parquet
 
     try:
-        columns = pyarrow.parquet.read_table(file)
+        with pyarrow.parquet.ParquetFile(file) as opened:  # read_table would import pandas, half a second, to do the same
+            columns = opened.read()
     except (OSError, ValueError) as error:
         raise _unreadable(file, setting, error) from None
     return None if b"huggingface" in (columns.schema.metadata or {}) else Rows(columns)

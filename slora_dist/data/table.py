@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from slora_dist.errors import ConfigError
 
 
@@ -13,6 +15,21 @@ class Rows:
 
     columns: Any
     classes: Mapping[str, list[str]] = field(default_factory=dict)
+
+
+def made(columns: Mapping[str, list[str]]) -> Rows:
+    """Return rows of texts; not by ``pyarrow.array``, which imports pandas, half a second, to ask whether a list is one of its own."""
+    import pyarrow
+
+    return Rows(pyarrow.table({name: _strings(texts) for name, texts in columns.items()}))
+
+
+def _strings(texts: list[str]) -> Any:
+    import pyarrow
+
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(encoded)))
 
 
 @dataclass(frozen=True)
