@@ -58,9 +58,9 @@ def session(comm: Any, folder: str, overrides: Sequence[str], trained: bool = Fa
     held = Job(settings.load("configs/tiny.yaml", overrides), comm, Path(folder) / "run", torch.device("cpu")).prepare(resume=False)
     constants: dict[int, torch.Tensor] = {}
 
-    def constant(net: Any, support: Any, start_N: torch.Tensor, *_: Any) -> Update:
+    def constant(net: Any, support: Any, start_N: torch.Tensor, documents: Any, *_: Any) -> Update:
         delta_N = constants.setdefault(support.numel, torch.full((support.numel,), 1e-6))
-        return Update(delta_N, 1, 0.0, 0.0)
+        return Update(delta_N, len(documents), 0.0, 0.0)
 
     if not trained:
         client.train = constant

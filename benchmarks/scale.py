@@ -38,7 +38,8 @@ def federation(folder: str, count: int) -> Any:
     from slora_dist.comm.alone import Alone
 
     source = documents(Path(folder))
-    data = (f"data.path={source}", f"data.test_path={source}", "data.test_limit=8", "data.partition=iid", "server.eval_every=0")
+    own = (f"data.limit={count}", "data.partition=iid")  # a document a client: what a client reads does not depend on how many there are
+    data = (f"data.path={source}", f"data.test_path={source}", "data.test_limit=8", *own, "server.eval_every=0")
     method = ("method.name=lora", "method.lowrank.rounds=100")
     clients = (f"clients.count={count}", f"clients.per_round={SAMPLED}")
     return session(Alone(), f"{folder}/{count}", (*data, *method, *clients))[1]

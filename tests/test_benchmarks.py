@@ -1,12 +1,16 @@
 """The table in docs/performance.md is the one of results.json, and the model of the cost at scale does what its formulas say."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import run
 from benchmarks.common import Row, interleave, ratio
+from benchmarks.jobs import session
 from benchmarks.scale_model import MODELS, Constants, crossing, parts
+from slora_dist import client
+from slora_dist.comm.alone import Alone
 
 
 def test_the_page_shows_the_results() -> None:
@@ -31,3 +35,9 @@ def test_at_the_crossing_bytes_take_as_long_as_training(model, method) -> None: 
     known = Constants({"full": 4e-11, "sparse": 3e-11, "LoRA": 3e-11}, 7e9, 1e9, 1e-3, 7e-7)
     part = parts(model, method, 100, crossing(model, method, 100, 10.0, known), 10.0, known)
     assert part["broadcast"] + part["upload"] == pytest.approx(part["train"])
+
+
+def test_a_round_is_played_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "train", client.train)  # so that it is put back: the session replaces it
+    record = next(session(Alone(), str(tmp_path), ("method.name=lora", "method.lowrank.rounds=1"))[1])
+    assert record["left_out"] == {} and record["train_loss"] == 0
