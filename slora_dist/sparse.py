@@ -5,7 +5,8 @@ The kept entries of a masked parameter train as one *leaf*, a vector. A linear l
 straight to the leaf; a gradient that reaches the whole parameter by another way (a bias, a norm, tied or transposed weights, a mask so
 dense that the whole product is cheaper) is gathered into the leaf the moment it is there, and let go.
 
-Legend: T tokens of a batch, O/I out/in features, V/E rows and width of an embedding, r/c kept rows and columns, n kept entries.
+Legend: T tokens of a batch, t of a part of it, O/I out/in features, V/E rows and width of an embedding, r/c kept rows and columns, n kept
+entries.
 """
 
 import warnings
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from slora_dist.linear import Forward, fast, linear
+from slora_dist.linear import CONVOLVES, Forward, fast, linear
 from slora_dist.support import Slot, Support
 
 Gradient = Callable[[Tensor, Tensor], Tensor]  # (gradient of a layer's output, its input) -> gradient_n of the leaf
 
 # up to this density the sampled product, which exists in float32 only, beats a whole one in the precision that is computed in
-SAMPLED = {torch.float32: 0.12, torch.bfloat16: 0.03}
+SAMPLED = {torch.float32: 0.12 if CONVOLVES else 0.05, torch.bfloat16: 0.03}
+
+# the columns of a layer's input are read once an entry: of so many tokens at a time that all of them stay in the cache (half a MB)
+CACHED, LEAST = 1 << 17, 64
 
 
 @dataclass
@@ -157,11 +161,14 @@ def _sampled(slot: Slot, leaf_n: Tensor) -> Gradient:
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch calls all of CSR a beta
         pattern_OI = torch.sparse_csr_tensor(*_compressed(slot, leaf_n.device), leaf_n.detach(), slot.shape)
 
+    tokens = max(LEAST, CACHED // slot.shape[1])
+
     def gradient(grad_TO: Tensor, x: Tensor) -> Tensor:
-        x_TI = x.reshape(len(grad_TO), -1)
-        grad_OT, x_IT = (tensor.t().contiguous().float() for tensor in (grad_TO, x_TI))
-        product: Tensor = torch.sparse.sampled_addmm(pattern_OI, grad_OT, x_IT.t(), beta=0.0)
-        return product.values()
+        product_OI: Tensor = pattern_OI
+        for grad_tO, x_tI in zip(grad_TO.split(tokens), x.reshape(len(grad_TO), -1).split(tokens), strict=True):
+            grad_Ot, x_It = grad_tO.t().contiguous().float(), x_tI.t().contiguous().float()
+            product_OI = torch.sparse.sampled_addmm(product_OI, grad_Ot, x_It.t(), beta=float(product_OI is not pattern_OI))
+        return product_OI.values()
 
     return gradient
 

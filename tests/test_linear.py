@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slora_dist import linear as module
 from slora_dist.linear import fast, linear
 
 SHAPES = [(3, 6, 5, 4), (40, 24, 36), (700, 36), (1, 1, 36), (36,)]  # below and above the size from which torch asks oneDNN
@@ -19,7 +20,11 @@ def tensors(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_values_and_gradients_are_those_of_a_linear_layer(shape: tuple[int, ...], with_bias: bool) -> None:
+@pytest.mark.parametrize("convolves", [True, False])
+def test_values_and_gradients_are_those_of_a_linear_layer(
+    shape: tuple[int, ...], with_bias: bool, convolves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CONVOLVES", convolves)
     x, weight_OI, bias_O = tensors(shape)
     chosen = (x, weight_OI, bias_O) if with_bias else (x, weight_OI)
     y, expected = linear(x, weight_OI, bias_O if with_bias else None), functional.linear(x, weight_OI, bias_O if with_bias else None)
