@@ -42,9 +42,11 @@ def _file(folder: str, rank: int) -> Path:
 
 def join(transport: str) -> Any:
     """Return this rank's communicator."""
+    from slora_dist import memory
     from slora_dist.comm import connect
     from slora_dist.world import detect
 
+    memory.keep()
     torch.set_num_threads(1)
     return connect(transport, detect(os.environ), os.environ, SECONDS, torch.device("cpu"))
 
@@ -59,8 +61,9 @@ def session(comm: Any, folder: str, overrides: Sequence[str], trained: bool = Fa
     constants: dict[int, torch.Tensor] = {}
 
     def constant(net: Any, support: Any, start_N: torch.Tensor, documents: Any, *_: Any) -> Update:
-        delta_N = constants.setdefault(support.numel, torch.full((support.numel,), 1e-6))
-        return Update(delta_N, len(documents), 0.0, 0.0)
+        if support.numel not in constants:
+            constants[support.numel] = torch.full((support.numel,), 1e-6)
+        return Update(constants[support.numel], len(documents), 0.0, 0.0)
 
     if not trained:
         client.train = constant

@@ -3,7 +3,7 @@
 Five ranks, four clients, a network of MiniLM's shape; training is replaced by a constant update. Our round is all that ``Session`` does:
 broadcast, gather, mean, server step, ledger and kernel counters of all ranks, checkpoint. (It is written beside the next round's
 training: only its CPU seconds count.) The bare round is a broadcast and a gather by the transport itself (``torch.distributed`` on gloo,
-mpi4py, which waits asleep as ours does) and nothing else. Both are played in turn.
+mpi4py) and nothing else. Both are played in turn.
 
 Legend: B bytes.
 """
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from benchmarks.common import RUNS, Row, middle, ratio
 from benchmarks.jobs import CLIENTS, MINILM, RANKS, join, on_ranks, session, tell
-from slora_dist.comm.mpi_comm import LONGEST_NAP, SHORTEST_NAP
 
 SHARED = (f"model.config={MINILM}", f"clients.count={CLIENTS}", "clients.per_round=null", "server.eval_every=0", "data.test_limit=8")
 METHODS = {
@@ -103,18 +102,10 @@ def _bare_mpi(down_B: Tensor, up_B: Tensor) -> Play:
     parts_B = torch.empty(ranks.Get_size() * up_B.numel(), dtype=torch.uint8).numpy() if ranks.Get_rank() == 0 else None
 
     def step() -> None:
-        asleep(ranks.Ibcast(down_B.numpy(), 0))
-        asleep(ranks.Igather(up_B.numpy(), parts_B, 0))
+        ranks.Bcast(down_B.numpy(), 0)
+        ranks.Gather(up_B.numpy(), parts_B, 0)
 
     return step
-
-
-def asleep(request: Any) -> None:
-    """Wait for a request as ours does: five ranks that wait in blocking calls take turns in burning two cores."""
-    nap = SHORTEST_NAP
-    while not request.Test():
-        time.sleep(nap)
-        nap = min(2 * nap, LONGEST_NAP)
 
 
 def measure(transport: str, method: str) -> list[Row]:

@@ -5,11 +5,12 @@ Named ones are measured anew and replace their own rows; the others keep theirs.
 
 import importlib
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from slora_dist import memory
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.json", HERE.parent / "docs" / "performance.md"
@@ -53,7 +54,7 @@ def publish(rows: list[dict[str, Any]]) -> None:
 
 def main(names: list[str]) -> int:
     """Measure what is named, or all; the exit code is 0 whatever was met, since a target is no test."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the program itself does, and for rivals alike
+    memory.keep()  # as the program itself does, and for rivals alike
     import torch
 
     torch.set_num_threads(1)

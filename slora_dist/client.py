@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slora_dist.aggregate.mean import finite
 from slora_dist.config import ClientsConfig
 from slora_dist.data.tokens import Encoded, batches, order, predicted
 from slora_dist.errors import RunError
@@ -62,7 +63,7 @@ def attempt(net: nn.Module, support: Support, start_N: Tensor, documents: Encode
     began = time.perf_counter()
     try:
         update = train(net, support, start_N, documents, recipe, seed)
-        if math.isfinite(update.loss) and bool(update.delta_N.isfinite().all()):
+        if math.isfinite(update.loss) and finite(update.delta_N):
             return update
         reason, cause = "not finite", f"loss {update.loss}"
     except RunError:

@@ -161,11 +161,11 @@ def _sampled(slot: Slot, leaf_n: Tensor) -> Gradient:
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch calls all of CSR a beta
         pattern_OI = torch.sparse_csr_tensor(*_compressed(slot, leaf_n.device), leaf_n.detach(), slot.shape)
 
-    tokens = max(LEAST, CACHED // slot.shape[1])
+    parts = partial(torch.split, split_size_or_sections=max(LEAST, CACHED // slot.shape[1]))
 
     def gradient(grad_TO: Tensor, x: Tensor) -> Tensor:
         product_OI: Tensor = pattern_OI
-        for grad_tO, x_tI in zip(grad_TO.split(tokens), x.reshape(len(grad_TO), -1).split(tokens), strict=True):
+        for grad_tO, x_tI in zip(parts(grad_TO), parts(x.reshape(len(grad_TO), -1)), strict=True):
             grad_Ot, x_It = grad_tO.t().contiguous().float(), x_tI.t().contiguous().float()
             product_OI = torch.sparse.sampled_addmm(product_OI, grad_Ot, x_It.t(), beta=float(product_OI is not pattern_OI))
         return product_OI.values()

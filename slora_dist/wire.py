@@ -12,11 +12,11 @@ import struct
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import isfinite, prod
-from zlib import crc32
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from slora_dist import codec
 from slora_dist.config import CommConfig, Indices, Values
@@ -27,9 +27,9 @@ from slora_dist.support import Support
 from slora_dist.topk import TopK
 
 HEADER_BYTES = 64
-_HEADER = struct.Struct("<4sHHIIIIddQI8x")
+_HEADER = struct.Struct("<4sHHIIIIddQQ4x")
 _CHECKSUM = struct.Struct("<I")
-_MAGIC, _VERSION = b"SLRA", 2
+_MAGIC, _VERSION = b"SLRA", 3
 REASONS = ("", "failed", "not finite", "late")  # why a client is left out of a round; its message then holds zeros
 
 
@@ -37,7 +37,7 @@ REASONS = ("", "failed", "not finite", "late")  # why a client is left out of a 
 class Header:
     """What travels before a client's update: who, when, from how many documents, its mean training loss and its seconds of training.
 
-    A client that is left out says its ``reason`` and has no examples. ``body_bytes`` and ``checksum`` (CRC-32) are those of the update's
+    A client that is left out says its ``reason`` and has no examples. ``body_bytes`` and ``checksum`` (XXH3-64) are those of the update's
     bytes; the last four bytes of a header are its own checksum.
     """
 
@@ -56,7 +56,7 @@ class Header:
         assert _HEADER.size + _CHECKSUM.size == HEADER_BYTES
         fields = (self.client, self.phase, self.round, self.num_examples, self.loss, self.seconds, self.body_bytes, self.checksum)
         packed = _HEADER.pack(_MAGIC, _VERSION, REASONS.index(self.reason), *fields)
-        return as_bytes(packed + _CHECKSUM.pack(crc32(packed)))
+        return as_bytes(packed + _CHECKSUM.pack(_own(packed)))
 
     @staticmethod
     def unpack(header_B: Tensor, expected: "Header") -> "Header":
@@ -68,7 +68,7 @@ class Header:
         magic, version, why, *fields = _HEADER.unpack(packed[: _HEADER.size])
         if magic != _MAGIC or version != _VERSION:
             raise RunError(f"message of client {expected.client}: not a slora_dist message of version {_VERSION}")
-        if _CHECKSUM.unpack(packed[_HEADER.size :]) != (crc32(packed[: _HEADER.size]),):
+        if _CHECKSUM.unpack(packed[_HEADER.size :]) != (_own(packed[: _HEADER.size]),):
             raise RunError(f"message of client {expected.client}: its header was damaged on the way")
         if why >= len(REASONS):
             raise RunError(f"message of client {expected.client}: left out for a reason that is not known")
@@ -88,23 +88,28 @@ class Header:
         return header
 
 
+def _own(packed: bytes) -> int:
+    """Return a header's own checksum: the low half of its XXH3-64."""
+    return xxh3_64_intdigest(packed) & 0xFFFFFFFF
+
+
 class Body:
     """The body of a message as it comes in, held to the checksum that its header tells."""
 
     def __init__(self, header: Header) -> None:
-        self._header, self._left, self._checksum = header, header.body_bytes, 0
+        self._header, self._left, self._checksum = header, header.body_bytes, xxh3_64()
 
     def take(self, chunk_b: Tensor) -> None:
         """Take the next stretch; with the last one raises ``RunError`` if the body was damaged on the way."""
-        self._checksum = crc32(chunk_b.numpy().data, self._checksum)
+        self._checksum.update(chunk_b.numpy().data)
         self._left -= chunk_b.numel()
-        if self._left <= 0 and self._checksum != self._header.checksum:
+        if self._left <= 0 and self._checksum.intdigest() != self._header.checksum:
             raise RunError(f"message of client {self._header.client}: damaged on the way")
 
 
 def frame(header: Header, body_B: Tensor) -> Tensor:
     """Return a client's message: its header, with length and checksum of the body, and the body."""
-    told = replace(header, body_bytes=body_B.numel(), checksum=crc32(body_B.numpy().data))
+    told = replace(header, body_bytes=body_B.numel(), checksum=xxh3_64_intdigest(body_B.numpy().data))
     return torch.cat([told.pack(), body_B])
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.tiny import ROOT
 
 LEVELS = (
-    "config ending errors log secret section seeding settings world",
+    "config ending errors log memory secret section seeding settings world",
     "codec completion counters fixed formats journal ledger linear links masks secure sparse support svd topk wire",
     "comm",
     "aggregate data",
