@@ -63,11 +63,11 @@ def momentum(x_N: Tensor, delta_TN: Tensor) -> Tensor:
 
 
 def adam(x_N: Tensor, delta_TN: Tensor) -> Tensor:
-    """FedAdam with torch's correction of the start: m^ = m / (1 - b1^t), v^ = v / (1 - b2^t); x = x + lr m^ / (sqrt(v^) + tau)."""
-    m_N, v_N = torch.zeros(N).double(), torch.zeros(N).double()
-    for t, delta_N in enumerate(delta_TN, start=1):
+    """FedAdam: m = b1 m + (1 - b1) d, v = b2 v + (1 - b2) d^2, from tau^2; x = x + lr m / (sqrt(v) + tau)."""
+    m_N, v_N = torch.zeros(N).double(), torch.full((N,), TAU**2).double()
+    for delta_N in delta_TN:
         m_N, v_N = B1 * m_N + (1 - B1) * delta_N, B2 * v_N + (1 - B2) * delta_N**2
-        x_N = x_N + LR * (m_N / (1 - B1**t)) / ((v_N / (1 - B2**t)).sqrt() + TAU)
+        x_N = x_N + LR * m_N / (v_N.sqrt() + TAU)
     return x_N
 
 

@@ -1,7 +1,7 @@
 """The server optimiser: what rank 0 does with the mean update.
 
 FedAvg, FedAvgM, FedAdam and FedYogi are one thing: an optimiser that takes the negative mean update for a gradient (Reddi et al. 2021,
-"Adaptive Federated Optimization"). SGD with learning rate 1 equals averaging bit for bit.
+"Adaptive Federated Optimization", Algorithm 2). SGD with learning rate 1 equals averaging bit for bit.
 
 Legend: N coordinates.
 """
@@ -16,11 +16,14 @@ from slora_dist.config import ServerConfig
 from slora_dist.errors import RunError
 
 
-class Yogi(torch.optim.Optimizer):
-    """Yogi (Zaheer et al. 2018) as the server optimiser FedYogi uses it: v <- v - (1 - b2) g^2 sign(v - g^2), no bias correction."""
+class Adaptive(torch.optim.Optimizer):
+    """Adam and Yogi as FedAdam and FedYogi have them: no bias correction, and v starts at tau^2, which is ``eps`` squared.
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+    m <- b1 m + (1 - b1) g;  Adam: v <- b2 v + (1 - b2) g^2;  Yogi: v <- v - (1 - b2) g^2 sign(v - g^2);  x <- x - lr m / (sqrt(v) + tau)
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float, yogi: bool) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "yogi": yogi})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -35,11 +38,14 @@ class Yogi(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.full_like(parameter, eps**2)
                 first, second, square = state["exp_avg"], state["exp_avg_sq"], parameter.grad.square()
                 first.lerp_(parameter.grad, 1 - beta1)
-                second.addcmul_(torch.sign(second - square), square, value=-(1 - beta2))
+                if group["yogi"]:
+                    second.addcmul_(torch.sign(second - square), square, value=-(1 - beta2))
+                else:
+                    second.mul_(beta2).add_(square, alpha=1 - beta2)
                 parameter.addcdiv_(first, second.sqrt().add_(eps), value=-lr)
 
 
-MOMENTS = {torch.optim.SGD: ("momentum_buffer",), torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"), Yogi: ("exp_avg", "exp_avg_sq")}
+MOMENTS = {torch.optim.SGD: ("momentum_buffer",), Adaptive: ("exp_avg", "exp_avg_sq")}
 
 
 class Server:
@@ -48,14 +54,12 @@ class Server:
     def __init__(self, config: ServerConfig, offset_N: Tensor, variates: int = 0) -> None:
         self.variate_n = torch.zeros(variates)
         self._offset = nn.Parameter(offset_N.clone())
-        betas = (config.momentum, config.beta2)
         self._optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             self._optimizer = torch.optim.SGD([self._offset], lr=config.lr, momentum=config.momentum)
-        elif config.optimizer == "adam":
-            self._optimizer = torch.optim.Adam([self._offset], lr=config.lr, betas=betas, eps=config.eps)
         else:
-            self._optimizer = Yogi([self._offset], lr=config.lr, betas=betas, eps=config.eps)
+            betas = (config.momentum, config.beta2)
+            self._optimizer = Adaptive([self._offset], config.lr, betas, config.eps, yogi=config.optimizer == "yogi")
 
     @property
     def offset_N(self) -> Tensor:
@@ -91,7 +95,7 @@ class Server:
             if moments.keys() != set(known):
                 raise RunError(f"the checkpoint has the moments {', '.join(sorted(moments))[:80]}, this optimiser {', '.join(known)}")
             for name in known:
-                take(moments, name, torch.tensor(0.0) if name == "step" else self.offset_N)
+                take(moments, name, self.offset_N)
             self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": {0: moments}})
 
 
