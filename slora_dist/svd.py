@@ -69,8 +69,16 @@ def factor_product(left_OQ: Tensor, right_QI: Tensor, rank: int, scale: float = 
 
 
 def place(u_OR: np.ndarray, s_R: np.ndarray, vt_RI: np.ndarray, scale: float, split: Split) -> tuple[Tensor, Tensor]:
-    """Return B and A of which ``scale * B A`` is U S V^T; where all singular values are zero A still has orthonormal rows."""
-    left_R, right_R = (s_R, np.ones_like(s_R)) if split == "us" or not s_R.any() else (np.sqrt(s_R), np.sqrt(s_R))
+    """Return B and A of which ``scale * B A`` is U S V^T.
+
+    Where a singular value is zero, to the precision in which the factors are kept, B has a column of zeros and A a row of length 1: a pair
+    of which both are zero would get no gradient, and never train.
+    """
+    if split == "us":
+        left_R, right_R = s_R, np.ones_like(s_R)
+    else:
+        dead_R = s_R <= np.finfo(np.float32).eps * s_R.max()
+        left_R, right_R = np.where(dead_R, 0.0, np.sqrt(s_R)), np.where(dead_R, 1.0, np.sqrt(s_R))
     return torch.from_numpy(u_OR * left_R / scale).float(), torch.from_numpy(right_R[:, None] * vt_RI).float()
 
 

@@ -121,6 +121,18 @@ def test_a_matrix_of_zeros_gives_factors_that_can_train(split: str, rank: int) -
     torch.testing.assert_close(factors.a_RI @ factors.a_RI.T, torch.eye(rank), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("split", ["us", "sqrt"])
+@pytest.mark.parametrize("rank", [4, 20])
+def test_directions_that_a_matrix_has_not_can_train_all_the_same(split: str, rank: int) -> None:
+    """Two rows are all that a mask has kept: of the other pairs B is zero, A is not, so that B has a gradient."""
+    delta_OI = torch.zeros(SQUARE)
+    delta_OI[3], delta_OI[40] = random_matrix(SQUARE)[:2]
+    factors = factor(delta_OI, rank, split=split)  # type: ignore[arg-type]
+    torch.testing.assert_close(factors.a_RI[2:] @ factors.a_RI[2:].T, torch.eye(rank - 2), atol=1e-5, rtol=0)
+    assert float(factors.b_OR[:, 2:].abs().max()) < 1e-5
+    torch.testing.assert_close(factors.b_OR @ factors.a_RI, delta_OI, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [3, 20])
 def test_a_matrix_of_lower_rank_than_asked_for(rank: int) -> None:
     delta_OI = torch.outer(torch.arange(60.0), torch.arange(50.0))
