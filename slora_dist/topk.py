@@ -73,9 +73,14 @@ class TopK:
             raise RunError("a message with values that are not finite")
         return index_k, values_k
 
-    def keep(self, owed_N: Tensor) -> Tensor:
-        """Return what is left of ``owed_N`` once its message is sent: the other coordinates, and what rounding took from those sent."""
-        index_k, values_k = self.decode(self.encode(owed_N))
+    def largest(self, update_N: Tensor) -> Tensor:
+        """Return the update with zeros in all coordinates but the largest, which its message has."""
+        index_k = largest(update_N.abs(), self.k)
+        return torch.zeros_like(update_N).index_copy_(0, index_k, update_N[index_k])
+
+    def keep(self, owed_N: Tensor, sent_N: Tensor) -> Tensor:
+        """Return what is left of ``owed_N`` once the message of ``sent_N`` is sent: other coordinates, and what those sent lack of it."""
+        index_k, values_k = self.decode(self.encode(sent_N))
         left_N = owed_N.detach().cpu().clone()
         left_N[index_k] -= values_k
         return left_N

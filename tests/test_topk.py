@@ -2,17 +2,19 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from slora_dist import codec
+from slora_dist import codec, privacy
 from slora_dist.audit.checks import CHECKS
 from slora_dist.audit.run import Run
 from slora_dist.config import Indices, Values
 from slora_dist.errors import ConfigError, RunError
+from slora_dist.rounds import training
 from slora_dist.support import Slot, Support
 from slora_dist.topk import TopK
 from slora_dist.upload import wholes
@@ -58,7 +60,21 @@ def test_nothing_is_lost_that_is_not_sent_now(values: Values, indices: Indices) 
         total_N += some_update(number)
         index_k, values_k = wire.decode(wire.encode(owed_N))
         sent_N[index_k] += values_k
-        left_N = wire.keep(owed_N)
+        left_N = wire.keep(owed_N, owed_N)
+    torch.testing.assert_close(sent_N + left_N, total_N, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("most", [1.0, 60.0, 1e6])
+def test_under_a_clip_no_message_is_longer_and_nothing_is_lost_but_what_the_clip_takes(most: float) -> None:
+    """``privacy.clip`` bounds what a client's training adds, and each message once more: what that one takes is still owed."""
+    wire, state, stage = TopK(SUPPORT, "float32", "gap", 0.1), dict[str, Tensor](), SimpleNamespace(name="sparse")
+    sent_N, total_N = torch.zeros(N), torch.zeros(N)
+    for number in range(30):
+        total_N += privacy.clip(some_update(number), most)
+        index_k, values_k = wire.decode(wire.encode(training._owed(wire, stage, some_update(number), state, most)))  # type: ignore[arg-type]
+        assert float(values_k.double().norm()) <= most
+        sent_N[index_k] += values_k
+    (left_N,) = state.values()
     torch.testing.assert_close(sent_N + left_N, total_N, rtol=1e-4, atol=1e-3)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from slora_dist import privacy
 from slora_dist.client import Recipe, Update, attempt
 from slora_dist.log import say
 from slora_dist.rounds.seat import Seat
@@ -74,18 +75,25 @@ def _outgoing(seat: Seat, stage: Stage, header: Header, trained: Update, lr: flo
         state[_variate(stage)] = state.get(_variate(stage), torch.zeros_like(change_n)) + change_n
         return torch.cat([sent_n, change_n])
     wire = message.wires.up
-    return _owed(wire, stage, sent_n, state) if isinstance(wire, TopK) and seat.config.comm.wire.feedback else sent_n
+    if isinstance(wire, TopK) and seat.config.comm.wire.feedback:
+        return _owed(wire, stage, sent_n, state, seat.config.privacy.clip)
+    return sent_n
 
 
-def _owed(wire: TopK, stage: Stage, delta_n: Tensor, state: State) -> Tensor:
-    """Return an update with what the client has not sent so far, and let it keep what it will not send now either."""
+def _owed(wire: TopK, stage: Stage, delta_n: Tensor, state: State, most: float | None) -> Tensor:
+    """Return an update with what the client has not sent so far, and let it keep what it will not send now either.
+
+    The update is clipped to ``most`` before, as it would be without top-k, and its message once more, where what is owed makes it longer:
+    what that takes the client goes on owing.
+    """
     own = f"residual.{stage.name}."
     name = own + "+".join(wire.support.counts())
-    owed_n = delta_n + state.get(name, 0)
+    owed_n = (delta_n if most is None else privacy.clip(delta_n, most)) + state.get(name, 0)
+    sent_n = owed_n if most is None else privacy.clip(wire.largest(owed_n), most)
     for key in [key for key in state if key.startswith("residual.") and not key.startswith(own)]:
         del state[key]
-    state[name] = wire.keep(owed_n)
-    return owed_n
+    state[name] = wire.keep(owed_n, sent_n)
+    return sent_n
 
 
 def _private(stage: Stage) -> dict[str, Part]:
