@@ -247,6 +247,7 @@ def _is_state(values: Any) -> bool:
     known = score is None or (
         isinstance(score, dict) and score.keys() == {"accuracy", "loss"} and {*map(type, score.values())} <= {float, int}
     )
+    known = known and values.get("collective", "gather") in ("gather", "reduce")  # earlier versions had none
     return known and all(record is None or isinstance(record, dict) for record in records)
 
 

@@ -18,6 +18,7 @@ from slora_dist.ledger import Direction, Label
 from slora_dist.methods import AnyPhase, Start
 from slora_dist.support import Support
 from slora_dist.svd import Factors
+from slora_dist.upload import Collective
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Stage:
     held_N: Tensor
     variate_n: Tensor
     server: Server | None
-    collective: str
+    collective: Collective
     found: Mapping[str, Factors]  # the part of the base that begins as the phase's factors, by layer
     mask_B: Tensor | None = None  # as it has travelled, where clients' gradients chose it
 
@@ -56,7 +57,7 @@ def switch_record(before: Score, after: Score, phase: AnyPhase, start: Start) ->
         "accuracy_after": after.accuracy,
         "loss_before": before.loss,
         "loss_after": after.loss,
-        "init": (phase.init or ("svd" if start.found else "kaiming")) if isinstance(phase, LowrankPhase) else None,
+        "init": ((phase.init or "svd") if start.found else "kaiming") if isinstance(phase, LowrankPhase) else None,
         "kept_energy": kept,
         "kept_energy_total": kept_total,
         "observed_residual": missed,

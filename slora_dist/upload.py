@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from slora_dist.aggregate.mean import Kept, Mean
+from slora_dist.aggregate.mean import Kept, Mean, finite
 from slora_dist.agreement import tell
 from slora_dist.comm.base import Chunk
 from slora_dist.comm.metered import Metered
@@ -27,6 +28,8 @@ from slora_dist.topk import TopK
 from slora_dist.wire import HEADER_BYTES, Body, Header, Wire, frame
 
 Updates = Iterator[tuple[Header, Tensor]]  # of this rank's clients, made when asked for: (header, delta_N)
+
+Collective = Literal["gather", "reduce"]
 
 PROBE_BYTES, PROBES = 8 << 20, 3
 
@@ -143,11 +146,16 @@ def wholes(chunks: Iterator[Chunk], most: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def reduce(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
-    """Sum the weighted updates of all ranks to rank 0, and gather the headers beside them. Returns None on other ranks."""
+    """Sum the weighted updates of all ranks to rank 0, and gather the headers beside them. Returns None on other ranks.
+
+    Nobody sees single updates but the rank that has made them: it leaves out those that are not finite, and its headers say so.
+    """
     own, sum_N = list[Header](), torch.zeros(upload.wire.support.numel)
     for header, delta_N in updates:
-        own.append(header)
-        sum_N.add_(delta_N.cpu(), alpha=upload.weight(header))
+        sound = finite(delta_N)
+        own.append(header if sound else replace(header, num_examples=0, loss=0.0, reason=header.reason or "not finite"))
+        if sound:
+            sum_N.add_(delta_N.cpu(), alpha=upload.weight(header))
     comm.reduce(sum_N, upload.label, clients=len(own))
     label = Label(upload.label.phase, upload.label.round, "control", {"header": HEADER_BYTES})
     packed = comm.gather((header.pack() for header in own), upload.ranks, label, HEADER_BYTES)
@@ -204,7 +212,7 @@ def left_out(headers: Sequence[Header], refused: Collection[int] = ()) -> dict[i
     return {header.client: header.reason or "not finite" for at, header in every if header.reason or at in refused}
 
 
-def choose(comm: Metered, wire: Wire | TopK | Fixed, phase: str, number: int) -> str:
+def choose(comm: Metered, wire: Wire | TopK | Fixed, phase: str, number: int) -> Collective:
     """Return the faster of ``gather`` and ``reduce`` on this transport for messages of this size, as measured now by rank 0."""
     if comm.size == 1:
         return "gather"
@@ -220,7 +228,14 @@ def choose(comm: Metered, wire: Wire | TopK | Fixed, phase: str, number: int) ->
         comm.reduce(probe_B.view(torch.float32), label, clients=1)
 
     faster = _fastest(gathered) <= _fastest(reduced)
-    (gather_wins,) = tell(comm, [int(faster)], Label(phase, number, "control", {"choice": 8}))
+    return announce(comm, "gather" if faster else "reduce", phase, number)
+
+
+def announce(comm: Metered, chosen: Collective, phase: str, number: int) -> Collective:
+    """Return on every rank what rank 0 has chosen."""
+    if comm.size == 1:
+        return chosen
+    (gather_wins,) = tell(comm, [int(chosen == "gather")], Label(phase, number, "control", {"choice": 8}))
     return "gather" if gather_wins else "reduce"
 
 

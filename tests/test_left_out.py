@@ -1,6 +1,7 @@
 """A client whose training raises, gives NaN or takes too long is left out of the round, and nothing else changes."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ def test_the_mean_is_that_of_the_others(name: str) -> None:
     found_N = mean(wire(), way, {1: "failed", 3: "late"}, **options)
     reference_N = (3 * delta(0) + 5 * delta(2)) / 8
     torch.testing.assert_close(found_N, reference_N, atol=0.05 if name == "int8" else 1e-2 if name == "topk" else 1e-6, rtol=1e-5)
+
+
+def test_a_rank_adds_no_update_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a client's own look at its update has missed: its rank leaves it out of the sum on the way, and its header says so."""
+    honest, wire = delta, Wire(SUPPORT, "float32", "implicit")
+    monkeypatch.setattr(f"{__name__}.delta", lambda client: honest(client) / (client != 1))
+    comm, job = Metered(Alone(), Ledger(0)), upload.Upload(wire, Label("p", 1, "up", {}), [], [0] * 4, by_examples=True)
+    expected = [Header(client, 0, 1, 3, 0.5, 0.1, wire.nbytes) for client in range(4)]
+    received = upload.reduce(comm, replace(job, expected=expected), ((header, delta(header.client)) for header in expected))
+    assert received and received.left_out == {1: "not finite"} and received.weight == 9
+    torch.testing.assert_close(received.mean_N, (delta(0) + delta(2) + delta(3)) / 3)
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -12,6 +12,7 @@ from slora_dist import client
 from slora_dist.aggregate.mean import Kept, Mean
 from slora_dist.aggregate.robust import aggregate, krum
 from slora_dist.errors import ConfigError, RunError
+from slora_dist.runfolder import RunFolder
 from tests.tiny import SHORT, run, tiny
 
 N, HONEST, F = 400, 7, 2
@@ -103,10 +104,11 @@ def spoil(monkeypatch: pytest.MonkeyPatch, value: float, *, everybody: bool = Fa
 
 
 SIX = (*SHORT, "clients.per_round=6", "method.sparse.rounds=1", "method.lowrank.rounds=1", "data.limit=48")
+TOP = ("comm.wire.topk=0.1", "comm.wire.indices=gap")
 BROKEN = {
     "mean": (),
     "int8": ("comm.wire.values=int8",),
-    "top-k": ("comm.wire.topk=0.1", "comm.wire.indices=gap"),
+    "top-k": TOP,
     "reduce": ("comm.collective=reduce",),
     "exact": ("comm.sum=exact",),
     "krum": ("server.aggregate=krum", "server.hostile=1"),
@@ -124,6 +126,17 @@ def test_a_run_goes_on_without_a_client_that_sends_nan(
         assert line["left_out"] == {"1": "not finite"}
         assert line["clients"] == [0, 1, 2, 3, 4, 5] and 0 < line["loss"] < 10 and 0 < line["train_loss"] < 10
     assert "client 1 is left out of round 1: not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overrides", [(), ("comm.collective=reduce",)], ids=["gather", "reduce"])
+def test_updates_that_are_too_large_together_do_not_reach_the_model(
+    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spoil(monkeypatch, 3e38, everybody=True)
+    with pytest.raises(RunError, match="the sum of all updates is not finite"):
+        run(tmp_path / "run", *SIX, *overrides)
+    assert RunFolder(tmp_path / "run").latest() is None
+    run(tmp_path / "krum", *SIX, "server.aggregate=krum", "server.hostile=1", stop_after=1)
 
 
 @pytest.mark.parametrize("rule", ROBUST)
@@ -162,6 +175,13 @@ def test_when_all_are_left_out_the_run_ends_and_says_so(monkeypatch: pytest.Monk
         ("clients.away", ("clients.away={0: [1], 1: [1], 2: [1], 3: [1], 4: [1], 5: [8]}",)),
         ("clients.away", ("comm.sum=exact", "comm.secure=true", "clients.away={0: [1], 1: [1], 2: [1], 3: [1], 4: [5, 6]}")),
         ("server.hostile", ("server.aggregate=trimmed_mean", "server.hostile=2", "clients.per_round=4")),
+        ("server.hostile", ("server.aggregate=trimmed_mean",)),
+        ("server.hostile", ("server.aggregate=multi_krum",)),
+        ("server.aggregate", ("server.aggregate=median", *TOP)),
+        ("server.aggregate", ("server.aggregate=trimmed_mean", "server.hostile=1", *TOP)),
+        ("comm.wire.feedback", ("method.lowrank.rule=svd", *TOP)),
+        ("comm.wire.feedback", ("method.lowrank.rule=stack", *TOP)),
+        ("comm.wire.feedback", ("method.lowrank.rule=fedsvd", *TOP)),
         ("server.aggregate", ("server.aggregate=median", "method.lowrank.rule=svd")),
         ("method.lowrank.rule", ("method.lowrank.rule=rolora", "server.momentum=0.5")),
         ("comm.collective", ("method.lowrank.rule=stack", "comm.collective=auto")),

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slora_dist import settings
+from slora_dist.audit.checks import audit
 from slora_dist.config import PRESETS
 from slora_dist.data.federation import class_names
 from slora_dist.ledger import totals
@@ -27,7 +29,7 @@ RESUMED = {
     "keep twice": ("method.name=custom", f"method.phases={THREE % 'keep'}"),
     "keep once of two": ("method.name=custom", f"method.phases={THREE % 'drop'}"),
     "keep nothing": ("method.sparse.scope=targets", "method.lowrank.remainder=keep"),
-    "keep no matrix": ("method.name=custom", "method.phases=[{kind: bitfit, rounds: 2}, {kind: lowrank, residual: keep}]"),
+    "keep biases": ("method.name=custom", "method.phases=[{kind: bitfit, rounds: 2}, {kind: lowrank, remainder: keep}]"),
 }
 
 
@@ -170,6 +172,34 @@ def test_a_model_judged_while_others_train_has_the_same_score(tmp_path: Path) ->
     assert same(inline, RunFolder(out))
     order = [span for span in spans if span.split()[0] in ("aggregate", "evaluate")]
     assert order[:5] == ["aggregate 1", "evaluate 2", "aggregate 2", "evaluate 3", "aggregate 3"]
+
+
+def _measured(rank: int, size: int, out: Path, fast: str, stop_after: int | None) -> None:
+    """Play on this rank, where ``fast`` (gathered, reduced) is the faster way up as ``comm.collective: auto`` measures them."""
+    from torch._C._distributed_c10d import FileStore
+
+    from slora_dist import upload
+    from slora_dist.comm.torch_comm import TorchComm
+
+    def fastest(operation: Callable[[], None]) -> float:
+        for _ in range(1 + upload.PROBES):
+            operation()
+        return float(operation.__name__ != fast)
+
+    upload._fastest = fastest
+    comm = TorchComm("gloo", rank, size, FileStore(str(out.parent / fast), size), 40.0)
+    run(out, *short("comm.collective=auto", "data.limit=24"), resume=stop_after is None, stop_after=stop_after, comm=comm)
+    comm.close()
+
+
+def test_a_phase_that_is_resumed_keeps_the_way_up_that_it_began_with(tmp_path: Path) -> None:
+    """It is told, not measured again: the two differ in their last bits. The next phase measures for itself."""
+    run_ranks(2, _measured, tmp_path / "run", "reduced", 1)
+    run_ranks(2, _measured, tmp_path / "run", "gathered", None)
+    folder = RunFolder(tmp_path / "run")
+    way = {line["round"]: line["op"] for line in folder.lines("ledger") if line["direction"] == "up"}
+    assert way == {1: "reduce", 2: "reduce", 3: "gather", 4: "gather"}
+    assert not [fault for check in audit(folder) if not check.name.startswith("counters") for fault in check.faults or ()]
 
 
 @pytest.mark.launcher

@@ -127,7 +127,7 @@ class Protocol:
                 yield from ranks.broadcast(life.first, "start", "control", {"base": 4 * self.plan["parameters"]}, [1] * life.size)
             if selection := phase["messages"].selection:
                 yield from ranks.broadcast(life.first, phase["phase"], "control", selection.down, [1] * life.size)
-            yield from self._enter(phase, life.first, ranks)
+            yield from self._enter(phase, life.first, ranks, probes=False)
             if not phase["messages"].stateless:
                 held = {"held": 4 * phase["trainable"]}
                 yield from ranks.broadcast(life.first, phase["phase"], "control", held, [1] * life.size)
@@ -149,11 +149,11 @@ class Protocol:
                 by_kind = handed["messages"].whole.down.by_kind()
                 yield from ranks.broadcast(number, phase["phase"], "down", by_kind, self._hosted(ranks.size))
 
-    def _enter(self, phase: Row, number: int, ranks: "_Ranks") -> Iterator[Want]:
+    def _enter(self, phase: Row, number: int, ranks: "_Ranks", probes: bool = True) -> Iterator[Want]:
         name, size = phase["phase"], ranks.size
         if self.config.comm.collective == "auto" and size > 1:
             probe = max(8, min(phase["message_bytes"]["up"], PROBE_BYTES)) // 8 * 8
-            for _ in range(1 + PROBES):
+            for _ in range((1 + PROBES) * probes):  # a run that is resumed is told what was chosen
                 yield from ranks.gather(number, name, "control", {"probe": probe}, [0] + [1] * (size - 1), probe)
                 yield from ranks.reduce(number, name, "control", {"probe": probe}, [1] * size, probe)
             yield from ranks.broadcast(number, name, "control", {"choice": WORD_BYTES}, [1] * size)

@@ -12,9 +12,11 @@ from torch.nn import functional
 from slora_dist import methods
 from slora_dist.aggregate import rules
 from slora_dist.aggregate.factors import restart
+from slora_dist.aggregate.mean import finite
 from slora_dist.aggregate.robust import aggregate
 from slora_dist.aggregate.rules import Clients, Fold
 from slora_dist.config import LowrankPhase, ServerConfig
+from slora_dist.errors import RunError
 from slora_dist.exchange import Message
 from slora_dist.log import say
 from slora_dist.rounds.seat import Seat
@@ -38,8 +40,15 @@ def believe(settings: ServerConfig, received: Received) -> Received:
 
 
 def step(seat: Seat, stage: Stage, number: int, received: Received) -> dict[str, Fold]:
-    """Move rank 0's offset by a round's updates; returns what the base of each layer takes over."""
+    """Move rank 0's offset by a round's updates; returns what the base of each layer takes over.
+
+    Raises ``RunError`` where all updates together are no finite number: each may be one and the sum too large for float32, or a rank has
+    added to a sum on the way (``comm.collective: reduce``) what it should have left out.
+    """
     assert stage.server
+    if not finite(received.mean_N):
+        way = "one of them was not, and was added on the way" if stage.collective == "reduce" else "they are too large together"
+        raise RunError(f"the sum of all updates is not finite: {way}")
     part, numel = stage.exchange.sends(number), stage.coordinates.numel
     clients, weights, update_Kn = received.sound() if isinstance(stage.phase, LowrankPhase) else ([], [], [])
     # before the step: what rank 0 holds as a client may be the very vector that moves

@@ -30,6 +30,8 @@ from slora_dist.svd import Factors
 from slora_dist.topk import TopK
 from slora_dist.wire import Wire
 
+Choice = Callable[[Wire | TopK | Fixed, str, int], upload.Collective]
+
 
 def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
     """Begin phase ``at``: take over what ``previous`` learned, and put the base back to the weights that all ranks know."""
@@ -40,7 +42,7 @@ def begin(seat: Seat, at: int, previous: Stage | None) -> Stage:
         if offset_N is not None:
             learned = methods.learned(previous.phase, seat.classifier, previous.coordinates, offset_N)
         previous.coordinates.write(seat.net, previous.reference_N)
-    stage = _enter(seat, at, lambda name, first, selection: choose(seat, at, name, first, selection))
+    stage = _enter(seat, at, lambda name, first, selection: choose(seat, at, name, first, selection), partial(upload.choose, seat.comm))
     _compare_fingerprints(seat, stage, stage.first)
     found = {**stage.found, **(_take_over(seat, previous, stage, learned) if previous else {})}
     if seat.is_root:
@@ -66,7 +68,13 @@ def restore(seat: Seat, at: int, number: int, resumed: Checkpoint | None) -> Sta
     if methods.base_moves(seat.phases[: at + 1]):
         _restore_base(seat, number, at, resumed)
     mask_B = resumed.tensors.get("mask") if resumed else None
-    stage = _enter(seat, at, lambda name, _, selection: resend(seat, name, number + 1, selection, mask_B))
+    chosen: upload.Collective = resumed.values.get("collective", "gather") if resumed else "gather"
+    stage = _enter(
+        seat,
+        at,
+        lambda name, _, selection: resend(seat, name, number + 1, selection, mask_B),
+        lambda _, name, __: upload.announce(seat.comm, chosen, name, number + 1),
+    )
     _compare_fingerprints(seat, stage, number + 1)
     if resumed:
         stage.server = Server(seat.config.server, stage.held_N, stage.exchange.variates)
@@ -80,8 +88,11 @@ def restore(seat: Seat, at: int, number: int, resumed: Checkpoint | None) -> Sta
     return stage
 
 
-def _enter(seat: Seat, at: int, mask: Callable[[str, int, Selection], Tensor]) -> Stage:
-    """Enter phase ``at`` on a network that holds the base weights; ``mask`` brings the mask, from (name, first round, selection)."""
+def _enter(seat: Seat, at: int, mask: Callable[[str, int, Selection], Tensor], choice: Choice) -> Stage:
+    """Enter phase ``at`` on a network that holds the base weights; ``mask`` brings the mask, from (name, first round, selection).
+
+    ``choice`` tells from (wire, name, first round) how updates go up, where ``comm.collective`` is ``auto``.
+    """
     phase, name = seat.phases[at], methods.names(seat.config.method)[at]
     first = 1 + sum(earlier.rounds for earlier in seat.phases[:at])
     mask_B, coordinates = None, methods.support(phase, seat.classifier, seat.config.method, seat.config.run.seed)
@@ -94,15 +105,14 @@ def _enter(seat: Seat, at: int, mask: Callable[[str, int, Selection], Tensor]) -
     pairs = methods.pairs(phase, seat.classifier, coordinates)
     exchange = Exchange(seat.config, phase, first, coordinates, pairs, seat.comm.size, seat.comm.members)
     seat.where.phase = name
-    collective = _collective(seat, exchange.largest(first).up, name, first)
+    collective: upload.Collective
+    if seat.config.comm.collective == "auto":
+        seat.where.operation = "probe"
+        collective = choice(exchange.largest(first).up, name, first)
+    else:
+        collective = seat.config.comm.collective
     reference_N, held_N, variate_n = coordinates.reference(seat.net), torch.zeros(coordinates.numel), torch.zeros(exchange.variates)
     return Stage(at, name, phase, first, coordinates, exchange, pairs, reference_N, held_N, variate_n, None, collective, found, mask_B)
-
-
-def _collective(seat: Seat, wire: Wire | TopK | Fixed, name: str, number: int) -> str:
-    seat.where.operation = "probe"
-    chosen = seat.config.comm.collective
-    return upload.choose(seat.comm, wire, name, number) if chosen == "auto" else chosen
 
 
 def _spreads(seat: Seat, phase: AnyPhase) -> bool:

@@ -295,6 +295,7 @@ class Session:
                 self.folder.append(name, rows)
             score = {"accuracy": self.seat.score.accuracy, "loss": self.seat.score.loss} if self.seat.score else None
             values = {"round": record["round"], "phase": stage.at, "switch": self.seat.switch, "score": score, "unjudged": self._unjudged}
+            values["collective"] = stage.collective
             held = {} if stage.exchange.stateless else {"held": stage.held_N}
             if stage.exchange.folding:
                 held |= {f"base.{name}": weight for name, weight in self.seat.base.items()}
