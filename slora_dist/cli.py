@@ -150,6 +150,8 @@ def _settings(options: argparse.Namespace) -> tuple[Config, Path]:
         if not options.config:
             raise ConfigError("CONFIG.yaml", "missing", "slora-dist train CONFIG.yaml, or slora-dist train --resume RUN")
         return settings.load(options.config, options.overrides), Path(out_folder(options))
+    if options.out and Path(options.out) != Path(options.resume):
+        raise ConfigError("--out", f"{options.out} with --resume: a run goes on in its own folder", f"none, or {options.resume}")
     from slora_dist.runfolder import RunFolder
 
     config = RunFolder(options.resume).config()

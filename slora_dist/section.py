@@ -22,6 +22,11 @@ def _key(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _off(value: object) -> object:
+    return "off" if value is False else value
+
+
+Off = BeforeValidator(_off)  # PyYAML reads the word ``off`` as False (YAML 1.1)
 Key = Annotated[int, BeforeValidator(_key)]  # of a mapping: JSON, in which a run keeps its settings, writes it as text
 Real = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]

@@ -35,6 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FILE = ["data.path={files}/good.jsonl", "data.test_path={files}/good.jsonl"]
 OWN = [
     "data.path={files}/client_{client}.jsonl",
+    "data.partition=iid",
     "data.test_path={files}/good.jsonl",
     "data.labels=3",
     "clients.count=2",
@@ -107,6 +108,11 @@ def test_a_run_is_not_resumed_with_another_config(change: str, tiny_run: RunFold
     for given in ([change], [str(TINY), change]):
         code, said = answer(capfd, "train", *given, "--resume", str(tiny_run.path))
         assert code == 2 and f"error: {change.partition('=')[0]}: " in said and said.count("\n") == 1, said
+
+
+def test_a_run_goes_on_in_its_own_folder(tiny_run: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, said = answer(capfd, "train", "--resume", str(tiny_run.path), "--out", str(tmp_path / "other"))
+    assert code == 2 and "error: --out: " in said and said.count("\n") == 1 and not (tmp_path / "other").exists()
 
 
 def test_a_run_is_never_overwritten(tiny_run: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:

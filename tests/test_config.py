@@ -54,6 +54,8 @@ def test_settings_do_not_change_after_validation() -> None:
 
 
 PISSA = {"kind": "lowrank", "init": "pissa"}
+KEEP = {"kind": "lowrank", "residual": "keep", "remainder": "keep"}
+OWN = {"path": "c{client}.csv", "test_path": "t.csv", "labels": 2}
 BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the message says is allowed
     ("metod", {"metod": {}}, "clients, comm, data, method, model, network, privacy, run, server"),
     ("clients.cuont", {"clients": {"cuont": 3}}, "batch_size, count, epochs"),
@@ -107,6 +109,15 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("method.phases.0.init", {"method": {"name": "custom", "phases": [PISSA, {"kind": "dense"}]}}, "pissa with `name: lora`"),
     ("method.phases.1.init", {"method": {"name": "custom", "phases": [{"kind": "head"}, PISSA | {"init": "svd"}]}}, "kaiming or pissa"),
     ("method.phases.0.init", {"method": {"name": "custom", "phases": [{"kind": "lowrank", "init": "svd"}]}}, "kaiming or pissa"),
+    ("method.phases.1.init", {"method": {"name": "custom", "phases": [{"kind": "bitfit"}, PISSA | {"init": "svd"}]}}, "kaiming or empty"),
+    ("method.lowrank.residual", {"method": {"name": "lora", "lowrank": {"residual": "keep"}}}, "drop"),
+    ("method.lowrank.remainder", {"method": {"name": "lora", "lowrank": {"remainder": "keep"}}}, "drop"),
+    ("method.phases.1.remainder", {"method": {"name": "custom", "phases": [{"kind": "head"}, KEEP | {"residual": "drop"}]}}, "drop"),
+    ("method.phases.1.residual", {"method": {"name": "custom", "phases": [{"kind": "bitfit"}, KEEP]}}, "keep after another phase"),
+    ("data.partition", {"data": OWN | {"partition": "dirichlet"}}, "iid"),
+    ("data.limit", {"data": OWN | {"limit": 9}}, "empty"),
+    ("comm.client_timeout", {"comm": {"client_timeout": 1.5}}, "greater than or equal to 5"),
+    ("network.mode", {"network": {"mode": True}}, "'off', 'virtual' or 'sleep'"),
     ("server.momentum", {"server": {"momentum": 1}}, "less than 1"),
     ("comm.collective", {"comm": {"collective": "reduce", "wire": {"values": "bfloat16"}}}, "gather, or uploads of float32"),
     ("run.seed", {"run": {"seed": -1}}, "greater than or equal to 0"),

@@ -114,6 +114,8 @@ def test_clients_keep_different_factors_and_the_servers_stay_as_they_were(tmp_pa
         ("clients.scaffold", ("clients.scaffold=true", "clients.optimizer=sgd", "method.lowrank.rule=rolora")),
         ("clients.scaffold", ("clients.scaffold=true", "clients.optimizer=sgd", "clients.keep=[head]")),
         ("server.weighting", ("clients.scaffold=true", "clients.optimizer=sgd", "server.weighting=examples")),
+        ("server.aggregate", ("clients.scaffold=true", "clients.optimizer=sgd", "server.aggregate=median")),
+        ("clients.keep", ("clients.keep=[head, head]",)),
         ("clients.keep", ("clients.keep=[factor_b]", "method.lowrank.rule=stack")),
         ("clients.keep", ("clients.keep=[head]", "method.name=head")),
         ("clients.keep", ("clients.keep=[head]", "model.task=causal_lm")),

@@ -21,7 +21,7 @@ SIZE, CLIENTS, SECONDS = 3, 4, 120.0
 def settings(tokenizer: Path) -> tuple[str, ...]:
     return (
         "data.path=client_{client}.jsonl", "data.test_path=held_out.jsonl", "data.labels=[animals, cooking, music, weather]",
-        f"model.tokenizer={tokenizer}", f"clients.count={CLIENTS}", "clients.per_round=3", "clients.epochs=1",
+        "data.partition=iid", f"model.tokenizer={tokenizer}", f"clients.count={CLIENTS}", "clients.per_round=3", "clients.epochs=1",
         "method.sparse.rounds=2", "method.lowrank.rounds=1",
     )  # fmt: skip
 

@@ -75,7 +75,8 @@ def test_more_workers_than_clients_are_refused() -> None:
     check_world(config(10, 3), 4)
     with pytest.raises(ConfigError, match=r"^clients.per_round: 3 clients cannot occupy 4 worker ranks\. Allowed: 1 to 4 ranks"):
         check_world(config(10, 3), 5)
-    own_files = tiny("data.path=c{client}.csv", "data.labels=2", "data.test_path=t.csv", "clients.count=5", "clients.per_round=2")
+    own = ("data.path=c{client}.csv", "data.labels=2", "data.test_path=t.csv", "data.partition=iid")
+    own_files = tiny(*own, "clients.count=5", "clients.per_round=2")
     check_world(own_files, 6)
     with pytest.raises(ConfigError, match=r"^clients.count: 5 clients"):
         check_world(own_files, 7)

@@ -36,6 +36,13 @@ def test_overrides_are_read_as_yaml() -> None:
     assert config.comm.wire.values == "bfloat16" and config.data.text == "a=b"
 
 
+def test_the_word_off_is_a_word(tmp_path: Path) -> None:
+    """YAML 1.1 reads it as False."""
+    path = tmp_path / "off.yaml"
+    path.write_text((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8") + "network: {mode: off}\n")
+    assert settings.load(path).network.mode == tiny("network.mode=off").network.mode == "off"
+
+
 def test_overrides_reach_into_lists_and_the_last_one_wins() -> None:
     config = tiny(
         "method.name=custom", "method.phases=[{kind: dense}, {kind: lowrank}]", "method.phases.1.rank=2", "method.phases.1.rank=3"

@@ -7,6 +7,7 @@ import torch
 from slora_dist.comm.base import Transport
 from slora_dist.comm.lifeline import Healing
 from slora_dist.errors import ConfigError
+from slora_dist.log import say
 from slora_dist.world import World, rendezvous
 
 
@@ -35,9 +36,13 @@ def connect(
         return ranks
     from slora_dist.comm.torch_comm import TorchComm, open_lifeline, open_store
 
+    heals = healing is not None and chosen == "gloo" and not watched(environ)
+    if healing and not heals and world.rank == 0:
+        who = "torchrun's agent ends all ranks when one dies" if watched(environ) else f"{chosen} cannot form a new group"
+        say(0, f"clients.min_clients has no effect, a rank's death will end this run: {who}; --resume goes on")
     host, port = rendezvous(environ, world)
     store = open_store(host, port, world, environ)
-    lifeline = open_lifeline(host, store, world, healing) if healing and chosen == "gloo" and not watched(environ) else None
+    lifeline = open_lifeline(host, store, world, healing) if healing and heals else None
     return TorchComm(chosen, world.rank, world.size, store, timeout, device, lifeline=lifeline)
 
 

@@ -55,7 +55,9 @@ class CommConfig(Section):
         description="Upload: every update to rank 0, added in client order; or summed on the way, in the transport's order (other last bits); `auto` measures both.",
     )
     client_timeout: Positive = Field(
-        60.0, description="Seconds of silence after which a rank counts as dead, where `clients.min_clients` lets a run go on without it."
+        60.0,
+        ge=5,
+        description="Seconds of silence after which a rank counts as dead, where `clients.min_clients` lets a run go on without it: 5 or more, since a rank says each second that it lives.",
     )
     sum: Literal["float", "exact"] = Field(
         "float",

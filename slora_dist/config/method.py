@@ -203,6 +203,7 @@ class MethodConfig(Section):
             if kind in ("houlsby", "pfeiffer") and at + 1 < len(kinds):
                 raise ConfigError(f"method.phases.{at}.kind", f"no phase can take over {kind} adapters", f"{kind} last")
             self._init_fits(at)
+            self._keep_fits(at)
         return self
 
     def _init_fits(self, at: int) -> None:
@@ -213,6 +214,8 @@ class MethodConfig(Section):
         setting = f"method.phases.{at}.init" if self.name == "custom" else "method.lowrank.init"
         if phase.init in ("svd", "completion") and not before:
             raise ConfigError(setting, f"{phase.init} with no update before it", "kaiming or pissa, or a method with an earlier phase")
+        if phase.init == "svd" and before[-1] == "bitfit":
+            raise ConfigError(setting, "svd after a bitfit phase, which moves no matrix", "kaiming or empty; svd after another phase")
         if phase.init == "completion" and before[-1] != "sparse":
             raise ConfigError(setting, f"completion after a {before[-1]} phase", "svd or kaiming; completion after a sparse phase")
         if phase.init == "pissa" and (before or at + 1 < len(phases)):
@@ -221,6 +224,17 @@ class MethodConfig(Section):
             )
         if phase.init == "pissa" and phase.rule in ("fedex", "stack"):
             raise ConfigError(setting, f"pissa with the rule {phase.rule}, which changes the base, too", "kaiming, or another rule")
+
+    def _keep_fits(self, at: int) -> None:
+        phases = self.resolved()
+        phase, before = phases[at], [earlier.kind for earlier in phases[:at] if earlier.kind != "head"]
+        if not isinstance(phase, LowrankPhase):
+            return
+        for name, value in (("residual", phase.residual), ("remainder", phase.remainder)):
+            if value == "keep" and (not before or (name == "residual" and before[-1] == "bitfit")):
+                setting = f"method.phases.{at}.{name}" if self.name == "custom" else f"method.lowrank.{name}"
+                problem = "keep with no update before it" if not before else "keep after a bitfit phase, which moves no matrix"
+                raise ConfigError(setting, problem, "drop; keep after another phase")
 
     def resolved(self) -> tuple[AnyPhase, ...]:
         """Return the phases in order, every setting filled in."""

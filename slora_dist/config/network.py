@@ -1,10 +1,10 @@
 """Settings of emulated links."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from slora_dist.section import NonNegative, Positive, Section
+from slora_dist.section import NonNegative, Off, Positive, Section
 
 
 class LinkConfig(Section):
@@ -25,7 +25,7 @@ class SharedLinkConfig(LinkConfig):
 class NetworkConfig(LinkConfig):
     """The links of clients, emulated: what the run would cost in time on them. Bytes and bits do not change."""
 
-    mode: Literal["off", "virtual", "sleep"] = Field(
+    mode: Annotated[Literal["off", "virtual", "sleep"], Off] = Field(
         "off",
         description="`virtual` computes each round's seconds on these links and sleeps nowhere; `sleep` delays the real messages, one client a rank.",
     )

@@ -25,6 +25,7 @@ class RunConfig(Section):
 
 
 RANKED = ("fedavg", "stack", "svd")  # rules of a low-rank phase under which clients may have factors of different ranks
+MADE_ANEW = ("stack", "svd", "fedsvd")  # rules whose factors are other coordinates after every round
 SUMMED = ("fedavg", "ffa", "rolora", "fedsvd")  # rules of a low-rank phase that need of the updates their sum only
 
 
@@ -105,6 +106,12 @@ class Config(Section):
             raise ConfigError("data.template", "given without an answer", "the column of answers in `data.answer`, or no template")
         if self.client_files and self.data.labels is None and self.model.task == "classification":
             raise ConfigError("data.labels", "missing", "the number of classes or their names, when each client has its own file")
+        if self.client_files and self.data.partition not in ("iid", "natural"):
+            raise ConfigError(
+                "data.partition", f"{self.data.partition}, where each client has its own file", "iid, which is as good as none"
+            )
+        if self.client_files and self.data.limit is not None:
+            raise ConfigError("data.limit", "given, where each client has its own file, which is read as a whole", "empty")
         if self.client_files and self.data.test_path is None:
             raise ConfigError("data.test_path", "missing", "a held-out file, when each client has its own file")
         return self
@@ -170,6 +177,9 @@ class Config(Section):
             raise ConfigError(
                 "comm.collective", f"{self.comm.collective} with rule {phase.rule}, which needs every client's factors", "gather"
             )
+        if phase.rule in MADE_ANEW and self.comm.wire.topk and self.comm.wire.feedback:
+            problem = f"true with rule {phase.rule}, which makes factors anew: what a client still owes is of those before"
+            raise ConfigError("comm.wire.feedback", problem, "false; or method.lowrank.rule fedavg, ffa, rolora, fedex, fair")
         if phase.rule in ("fedex", "stack", "svd", "fair") and self.server.aggregate != "mean":
             problem = f"{self.server.aggregate} with rule {phase.rule}, which takes every client's factors as they are"
             raise ConfigError("server.aggregate", problem, "mean; or method.lowrank.rule fedavg, ffa, rolora, fedsvd")
@@ -205,6 +215,13 @@ class Config(Section):
             raise ConfigError("comm.collective", problem, "gather")
         if self.comm.sum == "exact":
             raise ConfigError("comm.sum", f"exact with server.aggregate {rule}, which looks at every update", "float")
+        if rule in ("median", "trimmed_mean") and self.comm.wire.topk:
+            problem = f"{rule} with comm.wire.topk: of a coordinate that fewer than half of the clients send little or nothing is left"
+            raise ConfigError("server.aggregate", problem, "mean, krum, multi_krum; or no topk")
+        if rule in ("trimmed_mean", "multi_krum") and not hostile:
+            raise ConfigError(
+                "server.hostile", f"0 with server.aggregate {rule}, which then is the mean", "1 or more; or median, krum, mean"
+            )
         least = self.server.least
         if self.sampled < least:
             problem = f"{hostile} hostile of {self.sampled} clients in a round are too many for {rule}"
@@ -232,6 +249,9 @@ class Config(Section):
             raise ConfigError("clients.scaffold", problem, "false; or method.lowrank.rule fedavg or ffa")
         if self.server.weighting != "uniform":
             raise ConfigError("server.weighting", "examples with clients.scaffold, whose variates are means over clients", "uniform")
+        if self.server.aggregate != "mean":
+            problem = f"{self.server.aggregate} with clients.scaffold, whose variates are means over clients"
+            raise ConfigError("server.aggregate", problem, "mean; or clients.scaffold false")
         if self.privacy.clip is not None:
             raise ConfigError("clients.scaffold", "true with privacy.clip, which bounds updates without their variates", "false")
         if self.clients.keep or self.comm.wire.topk:
@@ -239,6 +259,8 @@ class Config(Section):
 
     def _kept_fits(self) -> None:
         kinds, keep = {phase.kind for phase in self.method.resolved()}, self.clients.keep
+        if len(set(keep)) < len(keep):
+            raise ConfigError("clients.keep", f"{', '.join(keep)}: one of them twice", "each of factor_b, head once")
         if "head" in keep and kinds == {"head"}:
             raise ConfigError("clients.keep", "head, where nothing else trains: nothing would travel", "empty; or another method")
         if "head" in keep and self.model.task == "causal_lm" and not self.model.head:

@@ -15,7 +15,9 @@ class ServerConfig(Section):
     optimizer: Literal["sgd", "adam", "yogi"] = Field(
         "sgd", description="Optimiser on the negative mean update: `sgd` with lr 1 is FedAvg, with momentum FedAvgM; FedAdam; FedYogi."
     )
-    lr: Positive = Field(1.0, description="Server learning rate.")
+    lr: Positive = Field(
+        1.0, description="Server learning rate. `adam` and `yogi` need a small one, 0.01 say: it is about what a weight moves in a round."
+    )
     momentum: Real = Field(0.0, ge=0, lt=1, description="Momentum of `sgd`, beta1 of `adam` and `yogi`.")
     beta2: Real = Field(0.99, ge=0, lt=1, description="Second-moment decay of `adam` and `yogi`.")
     eps: Positive = Field(1e-3, description="Adaptivity (tau) of `adam` and `yogi`.")
@@ -29,7 +31,7 @@ class ServerConfig(Section):
     hostile: int = Field(
         0,
         ge=0,
-        description="f, the hostile clients in a round that `trimmed_mean` (values cut off at each end), `krum` and `multi_krum` bear.",
+        description="f, the hostile clients in a round that `trimmed_mean` (values cut off at each end), `krum` and `multi_krum` bear: 1 or more for `trimmed_mean` and `multi_krum`, which are the mean without.",
     )
     svd: Literal["root", "ranks"] = Field(
         "root", description="Who factors the matrices at a switch: rank 0, or every rank its share, for which the update travels once more."

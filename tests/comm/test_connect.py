@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from slora_dist.comm import choose, connect
+from slora_dist.comm import choose, connect, torch_comm
 from slora_dist.comm.door import listen
 from slora_dist.comm.lifeline import Healing
 from slora_dist.comm.mpi_comm import MpiComm
@@ -74,6 +74,27 @@ def test_mpi_that_is_not_installed_is_said(missing: str, monkeypatch: pytest.Mon
 def test_mpi_takes_in_no_new_process() -> None:
     with pytest.raises(ConfigError, match="--join: MPI takes no new process"):
         connect("mpi", world(2, "openmpi"), {}, TIMEOUT, CPU, Healing(TIMEOUT, b"", b"", lambda *_: None, joins=True))
+
+
+@pytest.mark.parametrize(
+    ("backend", "environ", "said"),
+    [
+        ("gloo", {"TORCHELASTIC_RUN_ID": "x"}, "torchrun's agent ends all ranks when one dies"),
+        ("nccl", {}, "nccl cannot form a new group"),
+        ("gloo", {}, ""),
+    ],
+    ids=["torchrun", "nccl", "gloo"],
+)
+def test_where_ranks_cannot_heal_it_is_said(
+    backend: str, environ: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("open_store", "open_lifeline", "TorchComm"):
+        monkeypatch.setattr(torch_comm, name, lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    healing = Healing(TIMEOUT, b"", b"", lambda *_: None, joins=False)
+    connect(backend, world(2), environ | _master(1), TIMEOUT, CUDA, healing)
+    told = capsys.readouterr().err
+    assert (said in told and "clients.min_clients has no effect" in told) if said else not told
 
 
 def test_gloo_in_an_mpi_world_needs_a_place_to_meet() -> None:

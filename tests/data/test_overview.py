@@ -37,7 +37,7 @@ def test_it_is_the_split_that_training_sees() -> None:
 def test_clients_with_files_of_their_own_are_read(tmp_path: Path) -> None:
     for client, labels in enumerate([[0, 0, 1], [1]]):
         (tmp_path / f"{client}.jsonl").write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in labels))
-    own = (f"data.path={tmp_path}/{{client}}.jsonl", f"data.test_path={tmp_path}/0.jsonl", "data.labels=2")
+    own = (f"data.path={tmp_path}/{{client}}.jsonl", f"data.test_path={tmp_path}/0.jsonl", "data.labels=2", "data.partition=iid")
     assert overview(tiny(*own, "clients.count=2", "clients.per_round=2")).counts_KC.tolist() == [[2, 1], [0, 1]]
 
 
