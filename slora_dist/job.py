@@ -135,7 +135,7 @@ class Job:
             show.stopped(self.folder)
             return
         summary = summarize(self.config, self.folder, session.seat.classifier, session.seat.switch, self.comm.size)
-        summary["lost"] = session.seat.lost
+        summary["lost"] = session.seat.all_lost
         export.write(result, self.folder.adapter)
         self.folder.write_summary(summary)
         self.folder.write_parquet()

@@ -32,16 +32,18 @@ def plan(config: Config, classifier: TaskModel, mbit: Sequence[float]) -> dict[s
         previous = wire
     by_phase = {phase["phase"]: phase["payload_bytes"] for phase in phases}
     sums = {way: sum(entry[way] for entry in by_phase.values()) for way in ("up", "down")}
-    full = full_finetuning(config, classifier)
+    planned = sum(phase["rounds"] for phase in phases)
+    messages = _messages(config, planned)
+    full = full_finetuning(config, classifier, messages)
     return {
         "parameters": parameters,
         "clients": {"count": config.clients.count, "per_round": config.sampled},
-        "rounds": sum(phase["rounds"] for phase in phases),
+        "rounds": planned,
         "phases": phases,
         "payload_bytes": sums | {"control": sum(phase["control_bytes"] for phase in phases), "by_phase": by_phase},
         "full_finetuning_payload_bytes": full,
         "minutes": {f"{rate:g}": _minutes(_one_client(phases), rate) for rate in mbit},
-        "full_finetuning_minutes": {f"{rate:g}": _minutes(sum(full.values()) // config.sampled, rate) for rate in mbit},
+        "full_finetuning_minutes": {f"{rate:g}": _minutes(sum(full.values()) // messages * planned, rate) for rate in mbit},
     }
 
 
@@ -55,13 +57,20 @@ def exchanges(config: Config, classifier: TaskModel) -> dict[str, Exchange]:
     return found
 
 
-def full_finetuning(config: Config, classifier: TaskModel) -> dict[Direction, int]:
-    """Return the payload of full fine-tuning in the same rounds with the same clients and number format."""
+def full_finetuning(config: Config, classifier: TaskModel, messages: int) -> dict[Direction, int]:
+    """Return the payload of full fine-tuning in the same number format, when so many ``messages`` travel up and as many down:
+    one for every client of every round.
+    """
     coordinates = methods.support(DensePhase(), classifier, config.method, config.run.seed)
-    rounds = sum(phase.rounds for phase in config.method.resolved())
-    wire, messages = config.comm.wire.model_copy(update={"topk": None}), config.sampled * rounds
+    wire = config.comm.wire.model_copy(update={"topk": None})
     wires = Wires.of(coordinates, config.comm.model_copy(update={"wire": wire}))
     return {"up": wires.up.nbytes * messages, "down": wires.down.nbytes * messages}
+
+
+def _messages(config: Config, rounds: int) -> int:
+    """Return how many clients the rounds have together, as planned."""
+    here = (config.clients.count - len(config.clients.away_in(number)) for number in range(1, 1 + rounds))
+    return sum(min(config.sampled, count) for count in here)
 
 
 def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict[str, Any]:

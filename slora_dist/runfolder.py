@@ -30,6 +30,7 @@ from slora_dist.settings import validate
 CHECKSUM = "state.sha256"  # of the other files of a checkpoint
 FINISH_SECONDS = 20.0  # SLURM and torchrun kill a process 30 seconds after they have asked it to leave
 SUMS = "sums"  # a line for each sum of updates that was taken under noise, those of rounds that were played again, too
+LOSS = {"rank", "round", "clients", "reason"}  # of a rank that has died: what is told of it
 RECORDS = ("metrics", "ledger", "timeline", "counters")  # one line a round, a collective, a span of time, a process and round
 LIBRARIES = ("slora_dist", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
@@ -243,6 +244,9 @@ def _is_state(values: Any) -> bool:
     if not isinstance(values, dict) or not all(type(values.get(name)) is int and values[name] >= 0 for name in ("round", "phase")):
         return False
     records = [values.get(name, 0) for name in ("switch", "score", "unjudged")]
+    lost = values.get("lost", [])  # those of earlier versions have none
+    if not (isinstance(lost, list) and all(isinstance(one, dict) and one.keys() == LOSS for one in lost)):
+        return False
     score = values.get("score")
     known = score is None or (
         isinstance(score, dict) and score.keys() == {"accuracy", "loss"} and {*map(type, score.values())} <= {float, int}

@@ -24,7 +24,7 @@ def summarize(config: Config, folder: RunFolder, classifier: TaskModel, switch: 
         "world_size": world_size,
         "payload_bytes": payload,
         "payload_bytes_per_client_and_round": per_client,
-        "full_finetuning_payload_bytes": full_finetuning(config, classifier),
+        "full_finetuning_payload_bytes": full_finetuning(config, classifier, sum(len(line["clients"]) for line in metrics)),
         "switch": switch,
         "personal": metrics[-1].get("personal"),
         "left_out": _left_out(metrics),

@@ -155,6 +155,9 @@ def test_records_and_summary_are_held_to_the_ledger(runs: dict[str, Run], tmp_pa
     assert "rounds [1, 2, 4]" in told([metrics[0], metrics[1], metrics[3]])
     assert "summary.json: accuracy 0.99" in told(metrics, accuracy=0.99)
     assert "summary.json: switch.accuracy_before -1" in told(metrics, switch=summary["switch"] | {"accuracy_before": -1})
+    dead = [metrics[0] | {"missing": {"ranks": [3], "clients": []}}, *metrics[1:]]
+    assert "summary.json: lost does not tell of ranks [3]" in told(dead)
+    assert "lost does not tell" not in told(dead, lost=[{"rank": 3, "round": 1, "clients": [], "reason": "gone"}])
     assert "summary.json: more 1, the other files give None" in told(metrics, more=1)
 
 

@@ -191,3 +191,16 @@ def test_a_run_names_who_was_left_out(tmp_path: Path, monkeypatch: pytest.Monkey
     whole = run(tmp_path / "whole", *SHORT)
     assert metrics(whole)[0] == metrics(folder)[0] and tensors(whole) != tensors(folder)
     assert tensors(broken_run(tmp_path / "again", monkeypatch)) == tensors(folder)
+
+
+def test_who_was_left_out_was_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seconds of a round are those of all its clients: the late ones are the slowest."""
+
+    def timed(*args: Any) -> Update:
+        update = attempt(*args)
+        return replace(update, seconds=10.0 if update.reason else 1.0)
+
+    monkeypatch.setattr("slora_dist.rounds.training.attempt", timed)
+    record = broken_run(tmp_path / "run", monkeypatch).lines("metrics")[1]
+    assert len(record["clients"]) == 3 and list(record["left_out"].values()) == ["failed"]
+    assert (record["seconds"]["train"], record["seconds"]["slowest_client"]) == (12.0, 10.0)

@@ -1,5 +1,6 @@
 """Whole runs: the same bits on any number of ranks, stopped and resumed or not, and bytes that are what was planned."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from slora_dist.ledger import totals
 from slora_dist.model import shell
 from slora_dist.plan import plan
 from slora_dist.runfolder import RECORDS, RunFolder
+from slora_dist.summary import summarize
 from tests.ranks import run_ranks
 from tests.tiny import ROOT, SHORT, TINY, run, same, tiny
 
@@ -117,6 +119,20 @@ def test_clients_that_are_away_are_planned_as_such(tmp_path: Path) -> None:
     check_bytes(folder, *overrides)
     message = accounts(*overrides)["phases"][0]["message_bytes"]["up"]
     assert folder.summary()["payload_bytes_per_client_and_round"]["sparse"]["up"] == message
+    full, classifier = folder.summary()["full_finetuning_payload_bytes"], shell(folder.config().model, class_names(folder.config()))
+    records = folder.lines("metrics")
+    messages = sum(len(record["clients"]) for record in records)
+    (folder.path / "metrics.jsonl").write_text("".join(json.dumps(one | {"clients": one["clients"][1:]}) + "\n" for one in records))
+    died = summarize(folder.config(), folder, classifier, None, 1)["full_finetuning_payload_bytes"]
+    assert died == {way: nbytes * (messages - len(records)) // messages for way, nbytes in full.items()}, "a death was in no plan"
+
+
+@pytest.mark.parametrize("overrides", [(), ("clients.away={0: [1], 1: [1], 2: [2, 2]}",), ("clients.per_round=4", "clients.away={0: [1]}")])
+def test_full_finetuning_costs_what_it_is_said_to_cost(overrides: tuple[str, ...]) -> None:
+    """Whoever is away is away from the baseline, too; minutes are those of one client that is always there."""
+    planned = accounts("method.name=fft", "clients.per_round=5", *overrides)
+    assert planned["full_finetuning_payload_bytes"] == {way: planned["payload_bytes"][way] for way in ("up", "down")}
+    assert planned["full_finetuning_minutes"] == pytest.approx(planned["minutes"])
 
 
 @pytest.mark.parametrize("wire", WIRES)

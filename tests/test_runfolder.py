@@ -1,5 +1,6 @@
 """The run folder survives a stop at any moment."""
 
+import json
 import os
 import resource
 import shutil
@@ -14,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from slora_dist.comm.alone import Alone
 from slora_dist.errors import ConfigError, RunError
+from slora_dist.job import Job
 from slora_dist.runfolder import Checkpoint, RunFolder
 from tests.tiny import SHORT, run, same, tiny
 
@@ -148,6 +151,15 @@ def test_a_checkpoint_of_another_run_is_refused(change: dict[str, int], tmp_path
         run(made.path, resume=True)
 
 
+def test_a_run_that_is_resumed_knows_whom_it_has_lost(tmp_path: Path) -> None:
+    loss = {"rank": 3, "round": 1, "clients": [2], "reason": "its connection closed"}
+    session = Job(tiny(*SHORT), Alone(), tmp_path / "run", torch.device("cpu")).prepare(resume=False)
+    session.seat.lost.append(loss)
+    assert len(list(session.play(None, 1))) == 1
+    run(tmp_path / "run", resume=True, stop_after=2)
+    assert run(tmp_path / "run", resume=True).summary()["lost"] == [loss]
+
+
 @pytest.mark.parametrize("name", ["offset", "variate", "optimizer.momentum_buffer", "optimizer.exp_avg"])
 def test_tensors_of_another_run_are_refused(name: str, tmp_path: Path) -> None:
     made = run(tmp_path / "run", *SHORT, "server.momentum=0.5", stop_after=1)
@@ -234,6 +246,10 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_to_the_same_bits(tmp_path: Path)
     assert same(run(tmp_path / "run", resume=True), whole)
 
 
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 DAMAGE = {
     "latest": (lambda base: (base / "latest").write_text("round-00009"), "round-00009/state.json cannot be read"),
     "latest leads elsewhere": (lambda base: (base / "latest").write_text("../../x"), "latest cannot be read"),
@@ -243,6 +259,7 @@ DAMAGE = {
     "half the tensors": (lambda base: os.truncate(base / "round-00001/state.safetensors", 90), "state.safetensors cannot be read"),
     "half the values": (lambda base: os.truncate(base / "round-00001/state.json", 9), "state.json cannot be read"),
     "other values": (lambda base: (base / "round-00001/state.json").write_text("[1]"), "state.json cannot be read"),
+    "other losses": (lambda base: rewrite(base / "round-00001/state.json", lost=[{"rank": 1}]), "state.json cannot be read"),
 }
 
 

@@ -140,7 +140,9 @@ def fake(folder: Path, config: dict[str, Any], phases: list[tuple[str, int, floa
     clients = config["clients"]["per_round"]
     metrics, ledger = [], []
     for number, ((name, seconds), score) in enumerate(zip(rounds, scores, strict=True), 1):
-        metrics.append({"round": number, "phase": name, "accuracy": score, "seconds": {"train": seconds * clients, "total": 1.0}})
+        here = clients - number % 2  # in every other round one is away
+        spent = {"train": seconds * here, "total": 1.0}
+        metrics.append({"round": number, "phase": name, "accuracy": score, "clients": list(range(here)), "seconds": spent})
         for direction in ("up", "down"):
             line = {"rank": 1, "round": number, "direction": direction, "clients": clients, "payload_bytes": message * clients}
             ledger += [line, line | {"rank": 0, "clients": 0, "payload_bytes": 0}, line | {"direction": "control"}]
@@ -205,7 +207,7 @@ def test_figures_are_those_worked_out_by_hand(tmp_path: Path) -> None:
 
 def test_trainable_parameters_and_bytes_are_the_plans(tiny_run: RunFolder) -> None:
     """One client's bytes are read from the ledger of a real run: two messages a round, of the phase's size."""
-    row = tables.Row({}, tiny_run.config(), [tables.Run(tiny_run, tiny_run.config())], (5.0,))
+    row = tables.Row({}, tiny_run.config(), [tables.Run(tiny_run)], (5.0,))
     sparse, lowrank = row.trainable
     assert row.runs[0].bytes[3] == 4 * 2 * 4 * sparse and row.runs[0].bytes[7] == 4 * 2 * 4 * (sparse + lowrank)
 

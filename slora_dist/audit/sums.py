@@ -100,6 +100,9 @@ def _summary(run: Run) -> Iterator[str]:
     for field in sorted(has.keys() | should.keys()):
         if has.get(field) != should.get(field):
             yield f"summary.json: {field} {has.get(field)}, the other files give {should.get(field)}"
+    gone = {rank for record in run.metrics for rank in record.get("missing", {}).get("ranks", ())}
+    if untold := sorted(gone - {loss["rank"] for loss in found.get("lost", ())}):
+        yield f"summary.json: lost does not tell of ranks {untold}, which metrics.jsonl misses"
     if found["switch"]:
         last = run.protocol.phases[-1]["first"] - 1
         before, noted = found["switch"]["accuracy_before"], run.metrics[last - 1]["accuracy"]

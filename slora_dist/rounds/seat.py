@@ -57,13 +57,19 @@ class Seat:
         self.base: dict[str, Tensor] = {}  # rank 0: the base weights that folds have changed, as they are now
         self.switch: dict[str, Any] | None = None
         self.score: Score | None = None
-        self.lost: list[dict[str, Any]] = []  # rank 0: who has died, when and how
+        self.lost: list[dict[str, Any]] = []  # rank 0: who has died since this start, when and how
+        self.lost_before: list[dict[str, Any]] = []  # rank 0: who had died before the run was resumed
         self.test: Encoded | None = None  # rank 0: the held-out documents
 
     @property
     def hosted(self) -> int:
         """How many of all clients this rank answers for, where a message goes to all of them and not to a round's sample."""
         return sum(home(client, self.comm.size) == self.comm.rank for client in range(self.config.clients.count))
+
+    @property
+    def all_lost(self) -> list[dict[str, Any]]:
+        """On rank 0: whom the run has lost from its first start on."""
+        return [*self.lost_before, *self.lost]
 
     def start_over(self) -> None:
         """Put the network back to the base weights that every rank begins with, whatever it held."""

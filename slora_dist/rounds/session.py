@@ -63,6 +63,7 @@ class Session:
 
         Where ranks heal, a collective that breaks is no end: the round is played again with those who are left.
         """
+        self.seat.lost_before = resumed.values.get("lost", []) if resumed else []
         anew = not (self.seat.group and self.seat.group.generations and self.seat.group.generations.joins)
         while True:
             try:
@@ -272,8 +273,8 @@ class Session:
             say(0, f"round {number}: client {client} is distrusted: {reason}")
         seconds = {
             "aggregate": received.seconds,
-            "train": sum(header.seconds for header in headers),
-            "slowest_client": max(header.seconds for header in headers),
+            "train": sum(header.seconds for header in received.headers),  # of those who are left out, too: they were waited for
+            "slowest_client": max(header.seconds for header in received.headers),
             "evaluate": evaluating,
         }
         return {
@@ -296,6 +297,7 @@ class Session:
             score = {"accuracy": self.seat.score.accuracy, "loss": self.seat.score.loss} if self.seat.score else None
             values = {"round": record["round"], "phase": stage.at, "switch": self.seat.switch, "score": score, "unjudged": self._unjudged}
             values["collective"] = stage.collective
+            values["lost"] = self.seat.all_lost
             held = {} if stage.exchange.stateless else {"held": stage.held_N}
             if stage.exchange.folding:
                 held |= {f"base.{name}": weight for name, weight in self.seat.base.items()}

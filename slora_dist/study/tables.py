@@ -37,19 +37,19 @@ two phases has twice stands in order. A target is reached in the first evaluated
 class Run:
     """A finished run as the tables see it; all sequences have an entry for each round, in order."""
 
-    def __init__(self, folder: RunFolder, config: Config) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         self.metrics = folder.lines("metrics")
         self.summary = folder.summary()
         self.phases = list(dict.fromkeys(line["phase"] for line in self.metrics))
-        self.seconds = {name: self._local_seconds(name, config.sampled) for name in self.phases}
+        self.seconds = {name: self._local_seconds(name) for name in self.phases}
         by_round = one_client(folder.lines("ledger"))
         self.bytes = list(accumulate(by_round[line["round"]] for line in self.metrics))
         switches = [line for line in folder.lines("timeline") if line["what"] == "switch" and line["rank"] == 0]
         self.switch_seconds = sum(line["seconds"] for line in switches)
         self.accuracy = [line["accuracy"] for line in self.metrics]
 
-    def _local_seconds(self, phase: str, clients: int) -> float:
-        seconds: list[float] = [line["seconds"]["train"] / clients for line in self.metrics if line["phase"] == phase]
+    def _local_seconds(self, phase: str) -> float:
+        seconds: list[float] = [line["seconds"]["train"] / len(line["clients"]) for line in self.metrics if line["phase"] == phase]
         return statistics.median(seconds)
 
     def minutes(self, mbit: float) -> list[float]:
@@ -141,8 +141,7 @@ def rows(study: Study, out: Path) -> list[Row]:
     if not cells:
         raise ConfigError(str(out), "no run of the study is finished", "the folder of a study; a run's log.txt says why it failed")
     return [
-        Row(alike[0].labels, alike[0].config, [Run(RunFolder(out / cell.name), cell.config) for cell in alike], study.mbit)
-        for alike in cells.values()
+        Row(alike[0].labels, alike[0].config, [Run(RunFolder(out / cell.name)) for cell in alike], study.mbit) for alike in cells.values()
     ]
 
 
