@@ -193,6 +193,7 @@ def _accept(verdict: bytes, secret: bytes, challenge: bytes, rank: int, nonce: b
 
 def _refuse(rank: int, problem: Problem, said: bool) -> None:
     error = ConfigError(*problem)
+    error.agreed = True
     if rank and said:  # rank 0's error is printed where it ends the program
         say(rank, f"error: {error}")
     raise error

@@ -38,4 +38,6 @@ def agree(comm: Metered, problem: ConfigError | None) -> None:
     if size:
         wire_B = as_bytes(first) if comm.rank == 0 else torch.empty(size, dtype=torch.uint8)
         comm.broadcast(wire_B, Label("start", 0, "control", {"problem": size}), clients=1)
-        raise ConfigError(*json.loads(wire_B.numpy().tobytes()))
+        error = ConfigError(*json.loads(wire_B.numpy().tobytes()))
+        error.agreed = True
+        raise error

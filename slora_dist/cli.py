@@ -22,7 +22,7 @@ from slora_dist.config import Config
 from slora_dist.ending import Where, Witness, speak_when_ended
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.log import say
-from slora_dist.world import World, detect
+from slora_dist.world import World, detect, launch
 
 INCOMPLETE = 3
 DOCTOR_SECONDS = 120.0  # a rank that is silent for so long in the self-test is lost
@@ -37,17 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = read(arguments)
     memory.keep()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about its own inside, nothing a user can mend
-    rank = 0
+    rank, first = 0, True
     try:
         if options.command not in ON_RANKS:  # these serve in a batch script's shell, too
             code: int = getattr(commands, options.command)(options)
             return code
         world = detect(os.environ)
-        rank = world.rank
+        rank, first = world.rank, world.local_rank == 0
         return ON_RANKS[options.command](options, world)
     except ConfigError as error:
         alone = getattr(options, "join", False) or error.setting == "--join"
-        if rank == 0 or alone:  # what concerns all ranks rank 0 says; who joins, or comes back without saying so, is on its own
+        # what concerns all ranks rank 0 says, and what may be a machine's own its first rank, since others may wait for it elsewhere; who
+        # joins, or comes back without saying so, is on its own
+        if rank == 0 or alone or (first and not error.agreed):
             say(rank, f"error: {error}")
         return 2
     except RunError as error:  # ranks that do not come together, or do not leave together
@@ -90,9 +92,8 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
         admitted = joining(communicator) if options.join else admit(communicator, config, os.environ)
         with _uncollected():
             from slora_dist.job import Job
-        job = Job(config, communicator, out, place, where, admitted)
-        resume = options.resume is not None or _restarted()
-        complete = job.run(resume, stop_after=options.stop_after, track=options.track)
+        job = Job(config, communicator, out, place, where, admitted, launch(os.environ))
+        complete = job.run(options.resume is not None, stop_after=options.stop_after, track=options.track)
     except ConfigError:
         with suppress(RunError):  # whoever was refused may have gone at once
             communicator.close()
@@ -128,11 +129,6 @@ def _healing(config: Config, options: argparse.Namespace) -> "Healing | None":
 
     known = secret.find(os.environ) or b""
     return Healing(config.comm.client_timeout, known, admission.account(config), partial(admission.judge, config), options.join)
-
-
-def _restarted() -> bool:
-    """Whether torchrun has started the ranks anew because one has died (``--max-restarts``)."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _fail(communicator: "Communicator", text: str, error: Exception) -> NoReturn:

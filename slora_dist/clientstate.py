@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from slora_dist.disk import sync, writing
 from slora_dist.errors import RunError
 
 KEPT = 3
@@ -37,16 +38,20 @@ class ClientStates:
         return state
 
     def save(self, client: int, number: int, state: Mapping[str, Tensor]) -> None:
-        """Keep the state that ``client`` has after round ``number``."""
+        """Keep the state that ``client`` has after round ``number``. Raises ``RunError`` naming the file when it cannot be written."""
         folder = self._folder(client)
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"round-{number:05d}.safetensors"
         draft = path.with_suffix(".part")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, draft)
-        draft.replace(path)
-        later = [old for at, old in self._states(client) if at > number]  # of rounds that are played again
-        for old in [*later, *[old for at, old in self._states(client) if at <= number][:-KEPT]]:
-            old.unlink()
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, draft)
+            sync(draft)
+            draft.replace(path)
+            for place in (folder, self._path):  # the round's checkpoint comes later: after a power failure it must not be there alone
+                sync(place)
+            later = [old for at, old in self._states(client) if at > number]  # of rounds that are played again
+            for old in [*later, *[old for at, old in self._states(client) if at <= number][:-KEPT]]:
+                old.unlink()
 
     def forget(self) -> None:
         """Forget all clients: the run begins, and what is there is of another one in the same place, on this rank's own disk perhaps."""

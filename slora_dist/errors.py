@@ -11,6 +11,8 @@ class ConfigError(ValueError):
     ``setting`` is the dotted name (``method.sparse.density``) or a path, ``problem`` says what is wrong, ``allowed`` what would be right.
     """
 
+    agreed = False  # whether all ranks raise it together, so that rank 0 speaks for them
+
     def __init__(self, setting: str, problem: str, allowed: str) -> None:
         self.setting, self.problem, self.allowed = setting, problem, allowed
         super().__init__(f"{setting}: {problem}. Allowed: {allowed}.")

@@ -41,8 +41,12 @@ class Job:
         device: torch.device,
         where: Where | None = None,
         admitted: Admitted | None = None,
+        launch: str | None = None,
     ) -> None:
-        """``admitted`` is what the ranks have proved to each other; ``comm.encrypt`` needs it for its key."""
+        """``admitted`` is what the ranks have proved to each other; ``comm.encrypt`` needs it for its key.
+
+        ``launch`` names who has started the ranks, and starts them anew when one dies: the run then goes on.
+        """
         ledger = admitted.ledger if admitted else Ledger(comm.rank)
         self.sealed = Sealed(comm, _session(admitted)) if config.comm.encrypt and comm.size > 1 else None
         self.where = where or Where()
@@ -53,13 +57,15 @@ class Job:
         self.group = comm if isinstance(comm, TorchComm | MpiComm) and comm.generations else None
         if self.group and self.group.generations and admitted:
             self.group.generations.begin(admitted.session)
+        self.launch = launch
         self.checkpoint: Checkpoint | None = None
         self.tracker: Scalars | None = None
 
     def run(self, resume: bool, stop_after: int | None, track: str | None = None) -> bool:
         """Play the run to its end, or to round ``stop_after``; ``track`` names a tracker that gets every round as it ends.
 
-        With ``resume`` it goes on from the last checkpoint, where there is one. Returns whether all ranks were there at the end.
+        With ``resume``, or begun by this launch, it goes on from the last checkpoint, where there is one. Returns whether all ranks were
+        there at the end.
 
         Raises ``ConfigError`` on all ranks alike, before any training.
         """
@@ -120,14 +126,15 @@ class Job:
         return Session(seat)
 
     def _open_folder(self, resume: bool) -> None:
-        if resume and self.folder.exists():
+        if self.folder.exists() and (resume or self.folder.begun_by(self.launch)):
             settings.require_equal(self.folder.config(), self.config)
             self.checkpoint = self.folder.latest()
             _check_place(self.config, self.checkpoint)
             done = self.checkpoint.values["round"] if self.checkpoint else -1
             self.folder.rewind(done, bool(self.checkpoint and self.checkpoint.values["unjudged"]))
         else:
-            self.folder.create(self.config, {"size": self.comm.size, "transport": self.comm.comm.name})
+            world = {"size": self.comm.size, "transport": self.comm.comm.name}
+            self.folder.create(self.config, world | ({"launch": self.launch} if self.launch else {}))
 
     def _leave_results(self, session: Session) -> None:
         result = session.result()

@@ -6,13 +6,11 @@ leaves the last good state. So does a disk that is full: what cannot be written 
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import inf
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slora_dist.config import Config
+from slora_dist.disk import replace, sync, writing
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.settings import validate
 
@@ -69,6 +68,11 @@ class RunFolder:
         """Whether a run is there."""
         return (self.path / "config.json").exists()
 
+    def begun_by(self, launch: str | None) -> bool:
+        """Whether this run was begun by that launch."""
+        world = self._read("config.json").get("world")
+        return launch is not None and isinstance(world, dict) and world.get("launch") == launch
+
     def config(self) -> Config:
         """Read the settings back. Raises ``ConfigError`` when this is no run folder."""
         return validate(self._read("config.json")["settings"])
@@ -78,20 +82,20 @@ class RunFolder:
         base = self.path / "checkpoint"
         name = f"round-{checkpoint.values['round']:05d}"
         draft = base / f".{name}.part"
-        with _writing(draft):
+        with writing(draft):
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             save_file({key: tensor.contiguous().cpu() for key, tensor in checkpoint.tensors.items()}, draft / "state.safetensors")
             (draft / "state.json").write_text(json.dumps(checkpoint.values, indent=1), encoding="utf-8")
             (draft / CHECKSUM).write_text(checksum(draft), encoding="utf-8")
             for path in (*draft.iterdir(), draft):
-                _sync(path)
+                sync(path)
             shutil.rmtree(base / name, ignore_errors=True)
             draft.rename(base / name)
-        with _writing(base / "latest"):
-            _sync(base)
-            _replace(base / "latest", name)
-            _sync(base)  # before the one before is deleted: after a power failure one of the two is named, and there
+        with writing(base / "latest"):
+            sync(base)
+            replace(base / "latest", name)
+            sync(base)  # before the one before is deleted: after a power failure one of the two is named, and there
         for old in (path for pattern in ("round-*", ".round-*.part") for path in base.glob(pattern)):
             if old.name != name:
                 shutil.rmtree(old)
@@ -143,11 +147,11 @@ class RunFolder:
     def save_base(self, weights: Mapping[str, Tensor], phase: int) -> None:
         """Write the weights of the frozen base that phase number ``phase`` and those before it have changed at their start."""
         path = self._base(phase)
-        with _writing(path):
+        with writing(path):
             path.parent.mkdir(exist_ok=True)
             draft = path.with_suffix(".part")
             save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, draft)
-            _sync(draft)
+            sync(draft)
             draft.replace(path)
 
     def load_base(self, phase: int) -> dict[str, Tensor]:
@@ -165,7 +169,7 @@ class RunFolder:
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add lines to one of the ``RECORDS``, or to the ``SUMS``."""
         path = self.path / f"{name}.jsonl"
-        with _writing(path), path.open("a", encoding="utf-8") as file:
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def lines(self, name: str) -> list[dict[str, Any]]:
@@ -190,11 +194,11 @@ class RunFolder:
             if path.exists():
                 last = inf if path.stem == SUMS else rounds - (unjudged and path.stem == "metrics")
                 kept = [line for line in self.lines(path.stem) if line["round"] <= last]
-                _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+                replace(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
-        with _writing(self.path / "summary.json"):
+        with writing(self.path / "summary.json"):
             self._write("summary.json", summary)
 
     def write_parquet(self) -> None:
@@ -210,7 +214,7 @@ class RunFolder:
             for line in lines
         ]
         draft = self.path / ".ledger.parquet.part"
-        with _writing(draft):
+        with writing(draft):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
             draft.replace(self.path / "ledger.parquet")
 
@@ -219,7 +223,7 @@ class RunFolder:
         return self._read("summary.json")
 
     def _write(self, name: str, tree: Mapping[str, Any]) -> None:
-        _replace(self.path / name, json.dumps(tree, indent=1) + "\n")
+        replace(self.path / name, json.dumps(tree, indent=1) + "\n")
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
@@ -253,29 +257,3 @@ def _is_state(values: Any) -> bool:
     )
     known = known and values.get("collective", "gather") in ("gather", "reduce")  # earlier versions had none
     return known and all(record is None or isinstance(record, dict) for record in records)
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(text, encoding="utf-8")
-    _sync(draft)
-    draft.replace(path)
-
-
-def _sync(path: Path) -> None:
-    """Have a file or a folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Name the file when the disk is full or failing; the last checkpoint is untouched then."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        cause = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
-        raise RunError(f"{path} cannot be written ({cause}); --resume goes on from the last checkpoint") from error

@@ -6,10 +6,13 @@ Which variables win: torchrun's (also inside srun or mpiexec), then Open MPI's, 
 was asked for several tasks: then somebody forgot ``srun``, and one rank playing alone on four would go unnoticed, so it is an error.
 """
 
+import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from slora_dist.errors import ConfigError
 
@@ -71,6 +74,18 @@ def detect(environ: Mapping[str, str]) -> World:
     if launcher == "torchrun" and world.size > 1:
         rendezvous(environ, world)
     return world
+
+
+def launch(environ: Mapping[str, str]) -> str | None:
+    """Return a name of the torchrun agent that has started this rank, None where there is none.
+
+    The ranks that it starts anew when one has died (``--max-restarts``) find the same name, and no other launch has it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return None
+    agent = os.getppid()
+    since = Path(f"/proc/{agent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]  # numbers of processes come again
+    return f"{socket.gethostname()} {agent} {since}"
 
 
 def command(launcher: str, size: int) -> str:

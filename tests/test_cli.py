@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slora_dist.cli import main
+from slora_dist.errors import ConfigError
 from slora_dist.runfolder import RunFolder
 from tests.tiny import ROOT, TINY
 
@@ -135,6 +136,33 @@ def test_a_run_is_never_overwritten(tiny_run: RunFolder, capfd: pytest.CaptureFi
 def test_what_is_not_there_is_named(arguments: list[str], setting: str, capfd: pytest.CaptureFixture[str]) -> None:
     code, said = answer(capfd, *arguments)
     assert code == 2 and f"error: {setting}: " in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "agreed", "speaks"),
+    [
+        ({"RANK": "0"}, True, True),
+        ({"RANK": "1"}, False, True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, False, False),
+        ({"RANK": "1"}, True, False),
+    ],
+)
+def test_an_error_is_said_once_on_every_machine_that_may_have_it_alone(
+    variables: dict[str, str], agreed: bool, speaks: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A config that only one machine lacks: rank 0 waits for a rank that never comes, and cannot say why."""
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **variables}.items():
+        monkeypatch.setenv(name, value)
+
+    def refuse(*_: object) -> None:
+        error = ConfigError("nowhere.yaml", "cannot be read", "a readable YAML file")
+        error.agreed = agreed
+        raise error
+
+    monkeypatch.setattr("slora_dist.settings.load", refuse)
+    code, said = answer(capfd, "train", "nowhere.yaml")
+    assert code == 2
+    assert said == (f"slora-dist [rank {variables['RANK']}] error: nowhere.yaml: cannot be read. Allowed: a readable YAML file.\n" * speaks)
 
 
 def test_an_unknown_command_is_refused(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import torch
 
 from slora_dist.clientstate import ClientStates
 from slora_dist.errors import RunError
+from tests.test_runfolder import files_up_to
 from tests.tiny import SHORT, run, same
 
 
@@ -42,6 +44,30 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(RunError, match=r"state of client 3 .*round-00001"):
         states.load(3, 2)
+
+
+def test_a_state_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    states = ClientStates(tmp_path)
+    states.save(3, 1, state(1.0))
+    with files_up_to(4000), pytest.raises(RunError, match=r"round-00002\.safetensors cannot be written .*; --resume goes on"):
+        states.save(3, 2, {"residual": torch.zeros(5000)})
+    assert states.load(3, 3)["residual"].tolist() == [1.0] * 3
+    (tmp_path / "clients").rename(tmp_path / "away")
+    (tmp_path / "clients").write_text("no folder")
+    with pytest.raises(RunError, match=r"round-00002\.safetensors cannot be written \(Not a directory\)"):
+        states.save(3, 2, state(2.0))
+
+
+def test_a_state_is_on_the_disk_before_the_round_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, fsync = list[str](), os.fsync
+
+    def note(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    ClientStates(tmp_path).save(3, 1, state(1.0))
+    assert done == ["round-00001.part", "client-00003", "clients"]
 
 
 def test_a_run_that_begins_takes_nothing_from_one_before_it(tmp_path: Path) -> None:

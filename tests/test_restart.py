@@ -26,13 +26,33 @@ def test_a_run_whose_rank_was_killed_ends_in_the_bits_of_an_undisturbed_one(tmp_
     assert same(folder, run(tmp_path / "undisturbed", *SHORT))
 
 
-def test_a_restart_goes_on_only_with_the_same_settings(
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is one that torchrun has started anew: its agent is the parent."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+@pytest.mark.usefixtures("started")
+def test_a_restart_goes_on_only_with_the_same_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["train", str(TINY), *SHORT, *out, "--stop-after", "1"]) == 0, "it died before it had a folder"
+    assert main(["train", str(TINY), *SHORT, "run.seed=5", *out]) == 2
+    assert "error: run.seed: 5, but the run that is resumed has 0" in capfd.readouterr().err
+    assert main(["train", str(TINY), *SHORT, *out]) == 0
+    assert [line["round"] for line in RunFolder(tmp_path / "run").lines("metrics")] == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("started")
+def test_a_restart_does_not_go_on_with_a_run_that_was_there_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Its first life was refused, and torchrun starts it again: neither a half-finished run nor a finished one is its own."""
+    again = ["train", str(TINY), *SHORT, "--out", str(tmp_path / "run")]
     run(tmp_path / "run", *SHORT, stop_after=1)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert main(["train", str(TINY), *SHORT, "run.seed=5", "--out", str(tmp_path / "run")]) == 2
-    assert "error: run.seed: 5, but the run that is resumed has 0" in capfd.readouterr().err
-    assert main(["train", str(TINY), *SHORT, "--out", str(tmp_path / "run")]) == 0
-    assert [line["round"] for line in RunFolder(tmp_path / "run").lines("metrics")] == [1, 2, 3, 4]
-    assert main(["train", str(TINY), *SHORT, "--out", str(tmp_path / "new"), "--stop-after", "1"]) == 0, "it died before it had a folder"
+    assert main(again) == 2 and "error: --out: " in capfd.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("slora_dist.cli.launch", lambda environ: "another")
+        assert main(["train", str(TINY), *SHORT, "--out", str(tmp_path / "other"), "--stop-after", "1"]) == 0
+    assert main([*again[:-1], str(tmp_path / "other")]) == 2 and "holds a run already" in capfd.readouterr().err
+    assert len(RunFolder(tmp_path / "run").lines("metrics")) == len(RunFolder(tmp_path / "other").lines("metrics")) == 1
