@@ -19,6 +19,7 @@ from slora_dist import commands, memory, settings
 from slora_dist.arguments import read
 from slora_dist.commands import out_folder
 from slora_dist.config import Config
+from slora_dist.disk import check_place, write
 from slora_dist.ending import Where, Witness, speak_when_ended
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.log import say
@@ -170,6 +171,8 @@ def _set_threads(threads: int) -> None:
 
 def _doctor(options: argparse.Namespace, world: World) -> int:
     config = settings.load(options.config, options.overrides) if options.config else None
+    if options.out and world.rank == 0:
+        check_place(options.out)
     _set_threads(config.run.threads if config else 1)
     from slora_dist import admission, comm, device, doctor, show
     from slora_dist.comm.sealed import Sealed
@@ -188,9 +191,9 @@ def _doctor(options: argparse.Namespace, world: World) -> int:
         _fail(communicator, f"doctor: {error}", error)
     communicator.close()
     if found:
-        if options.out:
-            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(found, indent=1)) if options.json else show.doctor(found)
+        if options.out:
+            write(options.out, json.dumps(found, indent=1) + "\n")
     return 0
 
 

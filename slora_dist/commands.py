@@ -14,10 +14,12 @@ def plan(options: argparse.Namespace) -> int:
     """Print what a run will cost in bytes, and in time where a machine was measured."""
     from slora_dist import show
     from slora_dist.data.federation import class_names
+    from slora_dist.links import check_rates
     from slora_dist.model import shell
     from slora_dist.plan import plan
     from slora_dist.timing import predict, read_machine
 
+    check_rates(options.mbit)
     machine = read_machine(options.machine) if options.machine else None
     config = settings.load(options.config, options.overrides)
     classifier = shell(config.model, class_names(config))

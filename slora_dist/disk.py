@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from slora_dist.errors import RunError
+from slora_dist.errors import ConfigError, RunError
 
 
 def replace(path: Path, text: str) -> None:
@@ -28,6 +28,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_place(path: Path) -> None:
+    """Raise ``ConfigError`` when ``--out`` names a file that cannot be written, before there is anything to write."""
+    problem = None
+    if path.is_dir():
+        problem = "is a folder"
+    elif not path.absolute().parent.is_dir():
+        problem = "lies in no folder"
+    elif not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        problem = "cannot be written (Permission denied)"
+    if problem:
+        raise ConfigError("--out", f"{path} {problem}", "a file in a folder that you may write to")
+
+
+def write(path: Path, text: str) -> None:
+    """Write the file that ``--out`` names. Raises ``ConfigError`` when it cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("--out", f"{path} cannot be written ({error.strerror})", "a file in a folder that you may write to") from None
 
 
 @contextmanager

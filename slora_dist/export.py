@@ -73,18 +73,27 @@ def export(adapter: Path, destination: Path, merge: bool) -> None:
 
     Raises ``ConfigError`` when there is no adapter, the destination is taken, or the adapter cannot be merged.
     """
-    if destination.exists() and any(destination.iterdir()):
-        raise ConfigError("DEST", f"{destination} is not empty", "a new folder")
     form = adapters.form(adapter)
+    if merge and form == BOTTLENECK:
+        problem = "bottleneck adapters cannot be merged: a non-linearity stands between their projections"
+        raise ConfigError("--merge", problem, "no --merge; slora_dist.adapters.load(DEST) loads them")
+    _make(destination)
     if not merge:
         _copy(adapter, destination)
         return
-    if form == BOTTLENECK:
-        problem = "bottleneck adapters cannot be merged: a non-linearity stands between their projections"
-        raise ConfigError("--merge", problem, "no --merge; slora_dist.adapters.load(DEST) loads them")
     net: Any = adapters.load(adapter)
     (net.merge_and_unload() if form == LORA else net).save_pretrained(destination)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(destination)
+
+
+def _make(destination: Path) -> None:
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        taken = any(destination.iterdir())
+    except OSError as error:
+        raise ConfigError("DEST", f"{destination} cannot be made ({error.strerror})", "a new folder") from None
+    if taken:
+        raise ConfigError("DEST", f"{destination} is not empty", "a new folder")
 
 
 def _write_lora(phase: LowrankPhase, classifier: TaskModel, delta: Mapping[str, Tensor], source: str, folder: Path) -> None:

@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from math import inf
 from typing import Protocol
 
+from slora_dist.errors import ConfigError
+
 FRAMING = 1514 / 1448  # bytes on an Ethernet link for each byte of TCP payload, at an MTU of 1500 with time stamps
 KERNEL = 512 << 10  # bytes of a message that a sender's kernel takes at once: measured 0.4 to 0.6 MB at 10 Mbit/s, 1 MB at 100
+
+
+def check_rates(mbit: Sequence[float]) -> None:
+    """Raise ``ConfigError`` when one of the rates of ``--mbit`` is none."""
+    for rate in mbit:
+        if not 0 < rate < inf:
+            raise ConfigError("--mbit", f"{rate:g} is no bandwidth", "numbers above 0")
 
 
 @dataclass(frozen=True)

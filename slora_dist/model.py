@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +23,7 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 KINDS = {"classification": AutoModelForSequenceClassification, "causal_lm": AutoModelForCausalLM}
+SHOWN = 200  # characters of what a library says that an error shows
 WORDS = {"classification": "sequence classifier", "causal_lm": "causal language model"}
 
 
@@ -170,18 +172,17 @@ def _settings(config: ModelConfig, names: Sequence[str]) -> Any:
         if folder is None:
             return AutoConfig.for_model(**(config.config | labels))
         return AutoConfig.from_pretrained(folder, **(config.config | labels))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        setting = "model.name" if config.name else "model.config"
-        raise ConfigError(setting, f"no model ({_first_line(error)})", "a transformers model folder, hub name or model_type") from None
+    except Exception as error:  # whatever transformers and its checks raise on settings that no model has
+        allowed = "a transformers model folder, hub name or model_type, and settings that it has"
+        raise ConfigError(_blamed(config, error), f"no model ({_cause(error)})", allowed) from None
 
 
 def _from_config(settings: Any, config: ModelConfig) -> Any:
     try:
         return KINDS[config.task].from_config(settings, attn_implementation=config.attention, dtype=torch.float32)
-    except ValueError as error:
-        raise ConfigError(
-            "model.name" if config.name else "model.config", _first_line(error), f"a model with a {WORDS[config.task]}"
-        ) from None
+    except Exception as error:  # also what torch raises on layers of no size
+        allowed = f"a model with a {WORDS[config.task]}, and settings that fit together"
+        raise ConfigError(_blamed(config, error), f"no model ({_cause(error)})", allowed) from None
 
 
 def _read(config: ModelConfig, settings: Any) -> Any:
@@ -196,10 +197,9 @@ def _read(config: ModelConfig, settings: Any) -> Any:
             output_loading_info=True,
             use_safetensors=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            "model.name", f"{folder!r} cannot be loaded ({_first_line(error)})", "a folder or hub name with safetensors weights"
-        ) from None
+    except Exception as error:  # as in _from_config
+        allowed = "a folder or hub name with safetensors weights, and settings that fit them"
+        raise ConfigError(_blamed(config, error), f"{folder!r} cannot be loaded ({_cause(error)})", allowed) from None
 
 
 def _head(net: nn.Module, config: ModelConfig) -> tuple[str, ...]:
@@ -234,6 +234,19 @@ def _ends_any(names: Sequence[str], ending: str) -> bool:
 
 def _endings(layers: dict[str, tuple[int, int]]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in layers})
+
+
+def _blamed(config: ModelConfig, error: Exception) -> str:
+    """Return the setting that a model fails by: what was changed of it, unless its files cannot be read."""
+    changed = bool(config.config) and not isinstance(error, OSError | SafetensorError)
+    return "model.config" if changed or config.name is None else "model.name"
+
+
+def _cause(error: Exception) -> str:
+    """Return what an error says, in one line; by its kind where it hardly says anything."""
+    said = " ".join(str(error).split()).rstrip(".")
+    said = said if len(said) <= SHOWN else f"{said[:SHOWN]}..."  # transformers may go on with all models that it knows
+    return said if isinstance(error, OSError | ValueError) else f"{error.__class__.__name__}: {said}"
 
 
 def _first_line(error: Exception) -> str:

@@ -31,6 +31,7 @@ FINISH_SECONDS = 20.0  # SLURM and torchrun kill a process 30 seconds after they
 SUMS = "sums"  # a line for each sum of updates that was taken under noise, those of rounds that were played again, too
 LOSS = {"rank", "round", "clients", "reason"}  # of a rank that has died: what is told of it
 RECORDS = ("metrics", "ledger", "timeline", "counters")  # one line a round, a collective, a span of time, a process and round
+RUN = "the folder of a run"
 LIBRARIES = ("slora_dist", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
@@ -73,9 +74,20 @@ class RunFolder:
         world = self._read("config.json").get("world")
         return launch is not None and isinstance(world, dict) and world.get("launch") == launch
 
+    @property
+    def transport(self) -> str:
+        """The transport on which the run began. Raises ``ConfigError`` when this is no run folder."""
+        world = self._read("config.json").get("world")
+        if not isinstance(world, dict) or not isinstance(world.get("transport"), str):
+            raise ConfigError(str(self.path / "config.json"), "tells of no transport", RUN)
+        return str(world["transport"])
+
     def config(self) -> Config:
         """Read the settings back. Raises ``ConfigError`` when this is no run folder."""
-        return validate(self._read("config.json")["settings"])
+        tree = self._read("config.json").get("settings")
+        if not isinstance(tree, dict):
+            raise ConfigError(str(self.path / "config.json"), "holds no settings of a run", RUN)
+        return validate(tree)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then point ``latest`` to it, then delete the one before."""
@@ -228,9 +240,10 @@ class RunFolder:
     def _read(self, name: str) -> dict[str, Any]:
         try:
             tree = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(str(self.path / name), f"cannot be read ({error.__class__.__name__})", "the folder of a run") from None
-        assert isinstance(tree, dict)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(str(self.path / name), f"cannot be read ({error.__class__.__name__})", RUN) from None
+        if not isinstance(tree, dict):
+            raise ConfigError(str(self.path / name), "holds something else", RUN)
         return tree
 
 

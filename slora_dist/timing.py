@@ -7,10 +7,12 @@ The world is the doctor's: measure under the launcher that the run will have.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from slora_dist import methods
 from slora_dist.config import Config
@@ -24,19 +26,58 @@ from slora_dist.wire import HEADER_BYTES
 
 PARTS = ("broadcast", "train", "upload", "server", "control")
 VERBS = ("broadcast", "gather", "reduce")
+MEASURED = "a file that `slora-dist doctor CONFIG.yaml --out FILE` wrote"
 NOTES_BYTES = 4096  # about what a rank's notes of a round take
+
+
+@dataclass(frozen=True)
+class _World:
+    size: PositiveInt
+
+
+@dataclass(frozen=True)
+class _Verb:
+    verb: str
+    bytes: NonNegativeInt
+    seconds: NonNegativeFloat
+    own_seconds: NonNegativeFloat
+
+
+@dataclass(frozen=True)
+class _Local:
+    step_seconds: NonNegativeFloat
+    server_seconds: NonNegativeFloat
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What a prediction reads of the doctor's file."""
+
+    world: _World
+    verbs: list[_Verb]
+    documents: list[PositiveInt]
+    phases: dict[str, _Local]
+
+
+_MACHINE = TypeAdapter(_Machine)
 
 
 def read_machine(path: Path) -> dict[str, Any]:
     """Read what ``slora-dist doctor CONFIG --out FILE`` wrote. Raises ``ConfigError`` when it is no such file."""
     try:
         machine = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError("--machine", f"{path} cannot be read ({error.__class__.__name__})", "a file of `slora-dist doctor`") from None
     if not isinstance(machine, dict) or not {"world", "verbs"} <= set(machine):
         raise ConfigError("--machine", f"{path} holds no measurements", "a file that `slora-dist doctor --out FILE` wrote")
     if "phases" not in machine:
-        raise ConfigError("--machine", f"{path} knows no training", "a file that `slora-dist doctor CONFIG.yaml --out FILE` wrote")
+        raise ConfigError("--machine", f"{path} knows no training", MEASURED)
+    try:
+        _MACHINE.validate_python(machine)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError("--machine", f"{path} is damaged ({place}: {first['msg']})", MEASURED) from None
     return machine
 
 
@@ -44,10 +85,14 @@ def predict(config: Config, classifier: TaskModel, machine: Mapping[str, Any]) -
     """Return the mean seconds of a round of every phase, ``{phase: {broadcast, train, upload, server, control, round}}``.
 
     All are those of the client whose update is there last, ``control`` the notes of the ranks, ``round`` the sum;
-    evaluation is not in it. The world is the one that was measured. Raises ``ConfigError`` when the file knows no phase of that name.
+    evaluation is not in it. The world is the one that was measured. Raises ``ConfigError`` when the file knows no phase of that name, was
+    measured with other clients, or lacks a verb.
     """
     size, first, seconds = int(machine["world"]["size"]), 1, {}
     documents = machine["documents"]
+    if len(documents) != config.clients.count:
+        problem = f"measured with {len(documents)} clients, and clients.count is {config.clients.count}"
+        raise ConfigError("--machine", problem, "a file measured with this config")
     for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
         local = machine["phases"].get(name)
         if local is None:
@@ -117,13 +162,20 @@ class _Verbs:
         rows = machine["verbs"]
         self._rows = {verb: sorted((row["bytes"], row["seconds"]) for row in rows if row["verb"] == verb) for verb in VERBS}
         self._own = sorted((row["bytes"], row["own_seconds"]) for row in rows if row["verb"] == "broadcast")
+        for verb in ("broadcast", "gather") if self._size > 1 else ():
+            self._known(verb)
 
     def seconds(self, verb: str, nbytes: int) -> float:
         """Return the seconds of one call: interpolated between the sizes that were measured, in proportion to the bytes beyond them."""
         if self._size == 1:
             return 0.0
-        sizes, times = zip(*self._rows[verb], strict=True)
+        sizes, times = zip(*self._known(verb), strict=True)
         return float(np.interp(nbytes, sizes, times)) if nbytes <= sizes[-1] else float(times[-1] * nbytes / sizes[-1])
+
+    def _known(self, verb: str) -> list[tuple[int, float]]:
+        if not self._rows[verb]:  # sealed messages cannot be summed on the way
+            raise ConfigError("--machine", f"knows no {verb}", "a file measured with this config")
+        return self._rows[verb]
 
     def message(self, nbytes: int) -> float:
         """Return the seconds of one message of a gather: the doctor's gathers have one from every rank but rank 0."""

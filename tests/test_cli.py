@@ -165,6 +165,31 @@ def test_an_error_is_said_once_on_every_machine_that_may_have_it_alone(
     assert said == (f"slora-dist [rank {variables['RANK']}] error: nowhere.yaml: cannot be read. Allowed: a readable YAML file.\n" * speaks)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "setting"),
+    [
+        (["plan", str(TINY), "--mbit", "0"], "--mbit"),
+        (["doctor", str(TINY), "--out", "nowhere/m.json"], "--out"),
+        (["doctor", str(TINY), "--out", "."], "--out"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_named(
+    arguments: list[str], setting: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("slora_dist.doctor.examine", None)  # nothing is measured by then
+    code, said = answer(capfd, *arguments)
+    assert code == 2 and f"error: {setting}: " in said and said.count("\n") == 1
+
+
+def test_what_was_measured_is_printed_though_its_file_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("slora_dist.doctor.examine", lambda *_: (tmp_path / "m.json").mkdir() or {"found": 1})
+    assert main(["doctor", "--json", "--out", str(tmp_path / "m.json")]) == 2
+    captured = capfd.readouterr()
+    assert json.loads(captured.out) == {"found": 1} and "error: --out: " in captured.err
+
+
 def test_an_unknown_command_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["trian"])

@@ -56,6 +56,7 @@ def test_settings_do_not_change_after_validation() -> None:
 PISSA = {"kind": "lowrank", "init": "pissa"}
 KEEP = {"kind": "lowrank", "residual": "keep", "remainder": "keep"}
 OWN = {"path": "c{client}.csv", "test_path": "t.csv", "labels": 2}
+HEAD_KEPT = {"method": {"name": "custom", "phases": [{"kind": "head"}, {"kind": "lowrank"}]}, "clients": {"keep": ["head"]}}
 BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the message says is allowed
     ("metod", {"metod": {}}, "clients, comm, data, method, model, network, privacy, run, server"),
     ("clients.cuont", {"clients": {"cuont": 3}}, "batch_size, count, epochs"),
@@ -118,6 +119,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("data.limit", {"data": OWN | {"limit": 9}}, "empty"),
     ("comm.client_timeout", {"comm": {"client_timeout": 1.5}}, "greater than or equal to 5"),
     ("network.mode", {"network": {"mode": True}}, "'off', 'virtual' or 'sleep'"),
+    ("clients.keep", HEAD_KEPT | {"comm": {"wire": {"topk": 0.1, "indices": "gap"}}}, "without comm.wire.topk"),
+    ("clients.keep", HEAD_KEPT | {"comm": {"sum": "exact"}}, "comm.sum float"),
     ("server.momentum", {"server": {"momentum": 1}}, "less than 1"),
     ("comm.collective", {"comm": {"collective": "reduce", "wire": {"values": "bfloat16"}}}, "gather, or uploads of float32"),
     ("run.seed", {"run": {"seed": -1}}, "greater than or equal to 0"),

@@ -116,7 +116,7 @@ def test_what_cannot_be_exported_is_said(runs: dict[str, RunFolder], tmp_path: P
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     unfinished = run(tmp_path / "unfinished", *SHORT, stop_after=1)
-    cases = [(runs["lora"].path, "taken", "DEST"), (unfinished.path, "new", "RUN")]
+    cases = [(runs["lora"].path, "taken", "DEST"), (runs["lora"].path, "taken/file", "DEST"), (unfinished.path, "new", "RUN")]
     for source, destination, setting in cases:
         capsys.readouterr()
         assert main(["export", str(source), str(tmp_path / destination)]) == 2

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from slora_dist import model
 from slora_dist.config import LowrankPhase, ModelConfig
@@ -54,6 +55,16 @@ EXPECTED: dict[str, tuple[set[str], dict[str, tuple[int, int]], set[str], int]] 
         2 * 7,
     ),
 }
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+NO_SUCH: list[dict[str, Any]] = [  # settings of a BERT that none can have
+    {"hidden_size": "abc"},
+    {"hidden_size": -4},
+    {"vocab_size": 0},
+    {"hidden_act": "foo"},
+    {"num_attention_heads": 0},
+]
 
 
 def ending(name: str, endings: Any) -> bool:
@@ -180,12 +191,22 @@ def test_a_backbone_that_lacks_weights_is_no_source(tmp_path: Path) -> None:
         (ModelConfig(config={"model_type": "brt"}), "model.config"),
         (ModelConfig(config={"model_type": "vit"}), "model.config"),
         (ModelConfig(name="/no/such/folder"), "model.name"),
+        *((ModelConfig(config={"model_type": "bert"} | SMALL | change), "model.config") for change in NO_SUCH),
     ],
 )
 def test_what_is_no_classifier_is_named(config: ModelConfig, setting: str) -> None:
     with pytest.raises(ConfigError) as error:
         model.load(config, NAMES, 0)
     assert error.value.setting == setting and "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=f"^{setting}: "):
+        model.shell(config, NAMES)
+
+
+@pytest.mark.parametrize("change", NO_SUCH)
+def test_what_is_changed_of_a_model_and_does_not_fit_is_named(change: dict[str, Any], tmp_path: Path) -> None:
+    AutoConfig.for_model("bert", **SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^model\.config: "):
+        model.shell(ModelConfig(name=str(tmp_path), config=change), NAMES)
 
 
 def test_tokenizer_and_model_have_to_fit() -> None:

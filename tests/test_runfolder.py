@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from slora_dist.cli import main
 from slora_dist.comm.alone import Alone
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.job import Job
@@ -193,6 +194,16 @@ def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:
     for read in (RunFolder(tmp_path).config, RunFolder(tmp_path).summary):
         with pytest.raises(ConfigError, match="folder of a run"):
             read()
+
+
+@pytest.mark.parametrize("text", ['{"hidden_size": 3}', '{"settings": 3}', "[]", "[" * 100_000])
+def test_a_config_of_something_else_is_said(text: str, tmp_path: Path) -> None:
+    """A folder of a model has one, too."""
+    (tmp_path / "config.json").write_text(text)
+    for command in (["train", "--resume"], ["audit"], ["report"], ["export"]):
+        given = [*command, str(tmp_path), *([str(tmp_path / "out")] if command == ["export"] else [])]
+        assert main(given) == 2
+        assert not (tmp_path / "out").exists()
 
 
 def test_an_unwritable_place_is_said(tmp_path: Path) -> None:

@@ -114,6 +114,25 @@ def test_a_rehearsal_measures_every_phase_and_leaves_nothing(tmp_path: Path, mon
     assert {name: set(parts) for name, parts in told.items()} == {name: {*PARTS, "round"} for name in found["phases"]}
 
 
+@pytest.mark.parametrize(
+    ("place", "damage"),
+    [
+        ("world.size", {"world": {"size": 0}}),
+        ("verbs.0.seconds", {"verbs": [{"verb": "gather", "bytes": 8, "own_seconds": 1.0}]}),
+        ("documents", {"documents": 6}),
+        ("phases.dense.step_seconds", {"phases": {"dense": {"step_seconds": None, "server_seconds": 0.1}}}),
+    ],
+)
+def test_a_damaged_measurement_is_named(place: str, damage: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(machine(dense=LOCAL)))
+    assert read_machine(path) == machine(dense=LOCAL)
+    path.write_text(json.dumps(machine(dense=LOCAL) | damage))
+    with pytest.raises(ConfigError, match=rf"--machine: .*machine\.json is damaged \({place}: ") as error:
+        read_machine(path)
+    assert "\n" not in str(error.value)
+
+
 def test_what_is_no_measurement_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"text": "not JSON", "other": "{}", "idle": json.dumps({"world": {"size": 2}, "verbs": []})}
     for name, text in files.items():
@@ -124,5 +143,13 @@ def test_what_is_no_measurement_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     config, classifier, _ = fft()
     with pytest.raises(ConfigError, match="knows no phase dense"):
         predict(config, classifier, machine(sparse=LOCAL))
+    with pytest.raises(ConfigError, match=r"--machine: measured with 6 clients, and clients\.count is 7"):
+        predict(tiny("clients.count=7"), classifier, machine(sparse=LOCAL))
+    sealed = machine(dense=LOCAL)
+    sealed["verbs"] = [row for row in sealed["verbs"] if row["verb"] != "reduce"]
+    with pytest.raises(ConfigError, match="--machine: knows no reduce"):
+        predict(fft("comm.collective=reduce")[0], classifier, sealed)
+    with pytest.raises(ConfigError, match="--machine: knows no broadcast"):
+        predict(config, classifier, sealed | {"verbs": []})
     assert main(["plan", str(TINY), "--machine", str(tmp_path / "none")]) == 2
     assert "--machine" in capsys.readouterr().err

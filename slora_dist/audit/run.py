@@ -1,7 +1,5 @@
 """What an audit reads: a run's files as far as it got, and the plan and the protocol made anew from its settings."""
 
-import json
-
 from slora_dist.audit.expected import Life, Protocol
 from slora_dist.data.federation import Federation, class_names
 from slora_dist.ledger import BROKEN
@@ -17,7 +15,7 @@ class Run:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder, self.config = folder, folder.config()
-        self.transport = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))["world"]["transport"]
+        self.transport = folder.transport
         self.classifier = shell(self.config.model, class_names(self.config))
         self.plan = plan(self.config, self.classifier, [])
         self.metrics = folder.lines("metrics")

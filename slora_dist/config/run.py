@@ -263,6 +263,9 @@ class Config(Section):
             raise ConfigError("clients.keep", f"{', '.join(keep)}: one of them twice", "each of factor_b, head once")
         if "head" in keep and kinds == {"head"}:
             raise ConfigError("clients.keep", "head, where nothing else trains: nothing would travel", "empty; or another method")
+        if "head" in keep and "head" in kinds and (self.comm.wire.topk or self.comm.sum == "exact"):
+            problem = "head, where a phase trains nothing else: of nothing there is no topk and no exact sum"
+            raise ConfigError("clients.keep", problem, "empty; or comm.sum float without comm.wire.topk")
         if "head" in keep and self.model.task == "causal_lm" and not self.model.head:
             raise ConfigError("clients.keep", "head of a causal language model that has none", "factor_b; or its name in model.head")
         if "factor_b" in keep and "lowrank" not in kinds:

@@ -112,4 +112,13 @@ def _filled_in(template: str, table: Table) -> list[str]:
     except ValueError as error:
         raise ConfigError("data.template", f"cannot be read ({error})", "text with {column} in it; {{ and }} stand for braces") from None
     cells = [["" if value is None else value for value in values(table, "data.template", column)] for column in columns]
-    return [template.format(**dict(zip(columns, row, strict=True))) for row in zip(*cells, strict=True)] or [template] * len(table)
+    rows = zip(*cells, strict=True) if columns else [()] * len(table)
+    return [_row(template, dict(zip(columns, row, strict=True)), number, table) for number, row in enumerate(rows, start=1)]
+
+
+def _row(template: str, cells: Mapping[str, object], number: int, table: Table) -> str:
+    try:
+        return template.format(**cells)
+    except (ValueError, LookupError, TypeError) as error:  # a format that is none, or that does not fit what stands in the cell
+        cause = f"row {number} of {table.name}: {error}"
+        raise ConfigError("data.template", f"cannot be filled in ({cause})", "text with {column} in it, without formats") from None

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from slora_dist.errors import ConfigError
+from slora_dist.links import check_rates
 from slora_dist.report import figures, gantt, tables
 from slora_dist.report.blocks import NONE, Section, Table, duration, nbytes, percent
 from slora_dist.report.curves import points
@@ -29,9 +30,7 @@ class Options:
         for target in self.targets:
             if not 0 < target <= 1:
                 raise ConfigError("--target", f"{target:g} is no accuracy", "numbers above 0 and up to 1")
-        for rate in self.mbit:
-            if not 0 < rate < float("inf"):
-                raise ConfigError("--mbit", f"{rate:g} is no bandwidth", "numbers above 0")
+        check_rates(self.mbit)
 
 
 def report(paths: Sequence[Path], out: Path, options: Options) -> Path:
