@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", metavar="RUN", help="run folder (default: runs/<name of the config>)")
     train.add_argument("--resume", metavar="RUN", help="go on from RUN's last checkpoint")
     train.add_argument("--join", action="store_true", help="take the place of a dead rank in a run under way (clients.min_clients)")
-    train.add_argument("--stop-after", type=int, metavar="ROUND", help="leave after this round's checkpoint; --resume goes on")
+    train.add_argument("--stop-after", type=_positive, metavar="ROUND", help="leave after this round's checkpoint; --resume goes on")
     train.add_argument("--track", choices=TRACKERS, help="hand every round to this tracker; what it writes goes to RUN/<tracker>")
     plan = commands.add_parser("plan", help="what a run will cost, without starting it")
     plan.add_argument("config", metavar="CONFIG.yaml")

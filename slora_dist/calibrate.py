@@ -12,7 +12,7 @@ import torch
 
 from slora_dist import settings
 from slora_dist.comm.base import Communicator
-from slora_dist.config import Config
+from slora_dist.config import PRESETS, Config
 from slora_dist.job import Job
 from slora_dist.runfolder import RunFolder
 
@@ -27,25 +27,27 @@ def rehearse(config: Config, comm: Communicator, device: torch.device) -> dict[s
     moving and evaluating. Raises ``ConfigError`` as the run would.
     """
     with tempfile.TemporaryDirectory(prefix="slora-dist-") as scratch:
-        job = Job(_short(config), comm, Path(scratch) / "run", device)
+        job = Job(rehearsal(config), comm, Path(scratch) / "run", device)
         session = job.prepare(resume=False)
         for _ in session.play(None, None):
             pass
         if comm.rank:
             return None
         metrics = job.folder.lines("metrics")
-        usual = statistics.median(line["num_examples"] // len(line["clients"]) for line in metrics)
+        usual = statistics.median(line["num_examples"] // (len(line["clients"]) - len(line["left_out"])) for line in metrics)
         documents = session.seat.federation.sizes or [int(usual)] * config.clients.count
         return {"documents": documents, "phases": _phases(config, job.folder, documents, comm.size)}
 
 
-def _short(config: Config) -> Config:
+def rehearsal(config: Config) -> Config:
+    """Return the settings of the run's rehearsal: ``ROUNDS`` of every phase, and what takes time besides left out."""
     tree = config.model_dump()
     tree["network"]["mode"] = "off"
     tree["comm"]["encrypt"] = False  # the communicator seals already
     tree["server"]["eval_every"] = tree["clients"]["eval_every"] = 0
     tree["data"]["test_limit"] = min(TEST_DOCUMENTS, config.data.test_limit or TEST_DOCUMENTS)
-    for phase in [*(tree["method"][kind] for kind in ("sparse", "dense", "lowrank")), *tree["method"]["phases"]]:
+    sections = {kind for preset in PRESETS.values() for kind in preset}
+    for phase in [*(tree["method"][kind] for kind in sections), *tree["method"]["phases"]]:
         phase["rounds"] = ROUNDS
     return settings.validate(tree)
 

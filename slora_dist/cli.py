@@ -77,8 +77,7 @@ def _train(options: argparse.Namespace, world: World) -> int:
 
 
 def _play(config: Config, out: Path, options: argparse.Namespace, world: World, where: Where, witness: Witness | None) -> int:
-    if witness:
-        speak_when_ended(world.rank, where, witness)
+    speak_when_ended(world.rank, where, witness)
     _set_threads(config.run.threads)
     if config.clients.min_clients:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch prints a stack for every connection that breaks

@@ -59,18 +59,21 @@ class Witness:
             os.write(self._writer, b"!")
 
 
-def speak_when_ended(rank: int, where: Where, witness: Witness) -> None:
+def speak_when_ended(rank: int, where: Where, witness: Witness | None) -> None:
     """On one of ``LEAVE`` print one line that says where this rank was, and leave once the checkpoint in hand is written.
 
     A thread waits for the signal: Python's own handlers do not run while the main thread waits inside a transport.
-    Call it before other threads are started, so that none of them takes the signal.
+    Call it before other threads are started, so that none of them takes the signal. A world of one has no ``witness``.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE)
 
     def wait() -> None:
         number = signal.Signals(signal.sigwait(LEAVE))
-        witness.dismiss()
-        say(rank, f"ended by {number.name} in {where}: another rank may have died, or the job's time is up; --resume goes on")
+        cause = ""
+        if witness:
+            witness.dismiss()
+            cause = ": another rank may have died, or the job's time is up"
+        say(rank, f"ended by {number.name} in {where}{cause}; --resume goes on")
         where.finish()
         os._exit(128 + number)
 

@@ -19,6 +19,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave signals to pytest, whose process plays runs of the command line."""
+    monkeypatch.setattr("slora_dist.cli.speak_when_ended", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> "RunFolder":
     """``configs/tiny.yaml`` as a world of one plays it, from start to end. To be read only."""

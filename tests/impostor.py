@@ -1,4 +1,4 @@
-"""A rank that does not belong, says nothing, or dies.
+"""A rank that does not belong, says nothing, dies, or is asked to leave.
 
 ``python -m tests.impostor KIND RANK train ...`` is the program itself on all ranks but RANK.
 """
@@ -16,14 +16,15 @@ from slora_dist.world import detect
 TRAININGS = 5  # of a rank that dies in the one after them
 
 
-def die_while_training() -> None:
+def die_while_training(number: signal.Signals) -> None:
     from slora_dist import client
 
     train, count = client.train, itertools.count()
 
     def mortal(*args: Any) -> Any:
         if next(count) == TRAININGS:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
+            signal.pause()
         return train(*args)
 
     client.train = mortal
@@ -57,5 +58,7 @@ if __name__ == "__main__":
         elif kind == "silent":
             keep_silent()
         elif kind == "killed" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-            die_while_training()
+            die_while_training(signal.SIGKILL)
+        elif kind == "asked":
+            die_while_training(signal.SIGTERM)
     sys.exit(main(arguments))

@@ -69,13 +69,12 @@ BAD = {
 
 @pytest.fixture(autouse=True)
 def stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a run that breaks fail its test instead of ending pytest's process; leave signals to pytest."""
+    """Let a run that breaks fail its test instead of ending pytest's process."""
 
     def leave(code: int) -> None:
         raise AssertionError(f"the program broke with exit code {code}")
 
     monkeypatch.setattr("slora_dist.comm.alone.leave", leave)
-    monkeypatch.setattr("slora_dist.ending.speak_when_ended", lambda rank, where: None)
 
 
 def answer(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -194,6 +193,14 @@ def test_an_unknown_command_is_refused(capfd: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as ended:
         main(["trian"])
     assert ended.value.code == 2 and "train" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "one"])
+def test_a_run_stops_after_a_round_that_there_is(number: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(TINY), "--out", str(tmp_path / "run"), "--stop-after", number])
+    assert ended.value.code == 2 and f"--stop-after: '{number}' is no number from 1" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_plan_prints_json_alone(capfd: pytest.CaptureFixture[str]) -> None:

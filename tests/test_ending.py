@@ -3,8 +3,11 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.tiny import ROOT, SHORT, TINY, run, same
 
 # The main thread blocks in a lock that only C code could release, as it does inside a transport.
 _RANK = """
@@ -43,3 +46,16 @@ def test_a_rank_that_ends_by_itself_has_a_silent_witness() -> None:
     code = "from slora_dist.ending import Where, Witness; Witness(0, Where()).dismiss()"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stderr == ""
+
+
+def test_a_world_of_one_that_is_asked_to_leave_leaves_its_checkpoint(tmp_path: Path) -> None:
+    """In its second round, while the checkpoint of the first may still be being written."""
+    command = [sys.executable, "-m", "tests.impostor", "asked", "0", "train", str(TINY), *SHORT, "--out", str(tmp_path / "run")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 143, ended.stderr[-3000:]
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("slora-dist [rank 0] ended by SIGTERM in phase sparse, round 2, training of client ")
+    assert line.endswith("; --resume goes on") and "another rank" not in line
+    folder = run(tmp_path / "run", resume=True, stop_after=1)
+    assert len(folder.lines("metrics")) == 1, "round 1 was whole"
+    assert same(run(tmp_path / "run", resume=True), run(tmp_path / "undisturbed", *SHORT))

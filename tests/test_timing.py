@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from slora_dist.calibrate import rehearse
+from slora_dist.calibrate import rehearsal, rehearse
 from slora_dist.cli import main
 from slora_dist.comm.alone import Alone
+from slora_dist.config import PRESETS
 from slora_dist.data.federation import class_names
 from slora_dist.errors import ConfigError
 from slora_dist.model import TaskModel, shell
@@ -101,6 +102,13 @@ def test_beyond_the_largest_size_time_grows_with_the_bytes() -> None:
     small = machine(dense=LOCAL)
     small["verbs"] = [row | {"bytes": row["bytes"] // 10**4, "seconds": 3.0, "own_seconds": 2.0} for row in small["verbs"]]
     assert predict(config, classifier, small)["dense"]["broadcast"] == pytest.approx(3 * nbytes / 100, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "custom"])
+def test_a_rehearsal_is_short_whatever_the_method(name: str) -> None:
+    phases = [f"method.phases={[{'kind': 'head', 'rounds': 40}, {'kind': 'bitfit'}]}"] if name == "custom" else []
+    config = tiny(f"method.name={name}", *(f"method.{kind}.rounds=250" for (kind, *_) in PRESETS.values()), *phases)
+    assert {phase.rounds for phase in rehearsal(config).method.resolved()} == {3}
 
 
 def test_a_rehearsal_measures_every_phase_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

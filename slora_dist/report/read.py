@@ -92,7 +92,7 @@ def load(path: Path) -> Run:
     try:
         head = json.loads((path / "config.json").read_text(encoding="utf-8"))
         metrics, ledger, timeline, counters = (folder.lines(name) for name in RECORDS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(str(path), f"cannot be read ({error.__class__.__name__})", "the folder of a run") from None
     if not (isinstance(head, dict) and {"settings", "world"} <= head.keys()):
         raise ConfigError(str(path), "has a config.json of something else", "the folder of a run")
