@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -28,8 +29,9 @@ class Metered:
     def broadcast(self, wire_B: Tensor, label: Label, clients: int) -> None:
         """Fill ``wire_B`` on every rank with rank 0's; ``clients`` of this rank receive it."""
         began = time.perf_counter()
-        self.comm.broadcast(wire_B)
         moved = self.carried(wire_B.numel()) if self.size > 1 else 0
+        with self._breaking(label, "broadcast", 0, moved if self.rank == 0 else 0):
+            self.comm.broadcast(wire_B)
         self._note(label, "broadcast", clients, moved, Timing(began, time.perf_counter() - began))
 
     def gather(
@@ -53,8 +55,9 @@ class Metered:
                 yield item
                 clock.start()
         except TransportError:  # what was handed over or has arrived has travelled
-            if made.sizes or received:
-                self.ledger.broken.append(self._broken(label, len(made.sizes), made.sizes, received, clock))
+            clock.stop()
+            timing = Timing(clock.began, clock.seconds)
+            self._break(label, "gather", len(made.sizes), sum(made.sizes), self._moved(made.sizes, received), timing)
             raise
         clock.stop()
         moved = self._moved(made.sizes, received)
@@ -72,19 +75,33 @@ class Metered:
         """Return the bytes that this rank received, and of its own messages of these ``sizes`` handed over."""
         return received + (sum(map(self.carried, sizes)) if self.rank else 0)
 
-    def _broken(self, label: Label, clients: int, sizes: Sequence[int], received: int, clock: "_Clock") -> Entry:
-        """Return the entry of a gather that broke: this rank's messages until then, on rank 0 what had arrived of the others'."""
-        clock.stop()
-        moved = self._moved(sizes, received)
-        control = Label(label.phase, label.round, "control", {BROKEN: 0})
-        return Entry(control, "gather", clients, moved, Timing(clock.began, clock.seconds), {BROKEN: sum(sizes)})
-
     def reduce(self, values: Tensor, label: Label, clients: int) -> None:
         """Sum ``values`` of all ranks to rank 0, in place; this rank's part sums ``clients`` clients."""
         began = time.perf_counter()
-        self.comm.reduce(values)
         moved = values.numel() * values.element_size() if self.size > 1 else 0
+        with self._breaking(label, "reduce", clients if self.rank else 0, moved if self.rank else 0):
+            self.comm.reduce(values)
         self._note(label, "reduce", clients, moved, Timing(began, time.perf_counter() - began))
+
+    @contextmanager
+    def _breaking(self, label: Label, op: str, clients: int, handed: int) -> Iterator[None]:
+        """Note what this rank has ``handed`` to the transport, of so many clients, if the collective inside breaks."""
+        began = time.perf_counter()
+        try:
+            yield
+        except TransportError:
+            payload = sum(label.by_kind.values()) * clients
+            self._break(label, op, clients, payload, handed, Timing(began, time.perf_counter() - began))
+            raise
+
+    def _break(self, label: Label, op: str, clients: int, payload: int, moved: int, timing: Timing) -> None:
+        """Note a collective that broke: the bytes of this rank's messages, and what it handed over or took, if that is anything.
+
+        Who was to be given a broadcast, or rank 0 a sum, has nothing to note: what had come of it the transport does not tell.
+        """
+        if payload or moved:
+            control = Label(label.phase, label.round, "control", {BROKEN: 0})
+            self.ledger.broken.append(Entry(control, op, clients, moved, timing, {BROKEN: payload}))
 
     def _note(self, label: Label, op: str, clients: int, moved: int, timing: Timing, varying: dict[str, int] | None = None) -> None:
         self.seconds += timing.seconds

@@ -60,7 +60,7 @@ def test_payload_is_the_same_in_every_world(tmp_path: Path) -> None:
 
 
 class Broken(Alone):
-    """A world whose gathers break when ``after`` messages have gone, or have come."""
+    """A world whose gathers break when ``after`` messages have gone, or have come, and everything else at once."""
 
     def __init__(self, rank: int, after: int) -> None:
         super().__init__()
@@ -74,6 +74,12 @@ class Broken(Alone):
                 next(messages)
         raise TransportError("gather failed")
 
+    def broadcast(self, wire_B: Tensor) -> None:
+        raise TransportError("broadcast failed")
+
+    def reduce(self, values: Tensor) -> None:
+        raise TransportError("reduce failed")
+
 
 def test_what_travelled_before_a_gather_broke_is_noted() -> None:
     for rank, senders, moved in ((0, [1, 2, 1], 200), (1, [1, 1, 1], 200)):
@@ -84,6 +90,20 @@ def test_what_travelled_before_a_gather_broke_is_noted() -> None:
         (line,) = [ledger_line(rank, entry, 0.0, 0.0) for entry in ledger.broken]
         assert (line["kind"], line["op"], line["transport_bytes"]) == ("broken", "gather", moved)
         assert line["payload_bytes"] == (0 if rank == 0 else 200) == sum(line["bytes_by_kind"].values())
+
+
+@pytest.mark.parametrize(("op", "giver"), [("broadcast", 0), ("reduce", 1)])
+def test_what_was_handed_over_before_a_broadcast_or_a_sum_broke_is_noted(op: str, giver: int) -> None:
+    """By the rank that gives; what the others were given by then nobody knows."""
+    for rank in (0, 1):
+        ledger = Ledger(rank)
+        comm = Metered(Broken(rank, 0), ledger, carried=lambda nbytes: nbytes + 64 * (op == "broadcast"))
+        with pytest.raises(TransportError):
+            getattr(comm, op)(torch.zeros(100, dtype=torch.uint8), UP, 2 * rank)
+        assert not ledger.entries
+        lines = [ledger_line(rank, entry, 0.0, 0.0) for entry in ledger.broken]
+        found = [(line["kind"], line["op"], line["payload_bytes"], line["transport_bytes"]) for line in lines]
+        assert found == ([("broken", op, 200 * rank, 100 + 64 * (op == "broadcast"))] if rank == giver else [])
 
 
 def test_transport_is_what_a_rank_handed_over_or_took(tmp_path: Path) -> None:
