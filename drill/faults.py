@@ -14,6 +14,7 @@ from pathlib import Path
 from drill import sabotage
 from drill.ranks import STEP, Ranks, rounds
 from drill.sabotage import POINTS, ROOT_POINTS
+from slora_dist.comm.line import FRAME_SECONDS
 
 RANKS, ROUNDS = 5, 10
 PATIENCE = 8.0  # seconds of silence that count as death, where a rank stands still
@@ -129,7 +130,7 @@ def kill_two(drill: Drill) -> Outcome:
 
 
 def replace(drill: Drill, *settings: str) -> Outcome:
-    """A rank is killed, and a new one takes its place in a later round, after another one that is refused.
+    """A rank is killed, and a new one takes its place in a later round, after others that are refused.
 
     ``settings`` change no bit of the result.
     """
@@ -143,6 +144,10 @@ def replace(drill: Drill, *settings: str) -> Outcome:
         ranks.start_one(drill.victim, None, "--join", "method.sparse.lr=0.125")
         assert ranks.wait(SECONDS, drill.victim) == {drill.victim: 2}
         refused = f"error: method.sparse.lr: rank {drill.victim} has 0.125, rank 0 has "
+        assert f"[rank {drill.victim}] {refused}" in drill.log.read_text(encoding="utf-8")
+        ranks.start_one(drill.victim, sabotage.another_snapshot, "--join")
+        assert ranks.wait(SECONDS, drill.victim) == {drill.victim: 2}
+        refused = f"error: model.name: rank {drill.victim} has loaded other weights than rank 0"
         assert f"[rank {drill.victim}] {refused}" in drill.log.read_text(encoding="utf-8")
         ranks.start_one(drill.victim, None, "--join")
         _ended(ranks.wait(SECONDS), {}, 0)
@@ -175,6 +180,31 @@ def drop_link(drill: Drill) -> Outcome:
         noticed = drill.noticed(ranks, [f"rank {drill.victim} is gone"])
         _ended(ranks.wait(SECONDS), {drill.victim: 1}, 3)
     return drill.outcome(f"cut off rank {drill.victim}, round {drill.number}, {point}", noticed, _away(drill.client, drill.number))
+
+
+def suspend(drill: Drill) -> Outcome:
+    """All ranks stand still for longer than ``comm.client_timeout``, as SLURM suspends a job, and go on: nothing is lost."""
+    with drill.start({}, *HEALING, f"comm.client_timeout={PATIENCE:g}") as ranks:
+        ranks.until(lambda: rounds(drill.run) >= drill.number - 1, SECONDS, "a round")
+        ranks.send(signal.SIGSTOP, *range(RANKS))
+        time.sleep(1.5 * max(PATIENCE, FRAME_SECONDS))
+        ranks.send(signal.SIGCONT, *range(RANKS))
+        _ended(ranks.wait(SECONDS), {}, 0)
+    return drill.outcome(f"suspend all ranks, round {drill.number}", None)
+
+
+def stop_root(drill: Drill) -> Outcome:
+    """Rank 0 stands still: the others leave, and their exit code tells why. It is killed then, as the scripts do, and the run resumed."""
+    point = drill.draw.choice(ROOT_POINTS)
+    with drill.start(
+        {0: sabotage.at(point, drill.number, sabotage.stop, drill.mark)}, *HEALING, f"comm.client_timeout={PATIENCE:g}"
+    ) as ranks:
+        noticed = drill.noticed(ranks, ["rank 0 is gone, or has given this rank up (silent"])
+        _ended(ranks.wait(SECONDS, *range(1, RANKS)), {}, 4)
+        ranks.send(signal.SIGKILL, 0)
+        assert ranks.wait(SECONDS, 0) == {0: -signal.SIGKILL}
+    drill.resume(RANKS)
+    return drill.outcome(f"stop rank 0, round {drill.number}, {point}", max(0.0, noticed - FRAME_SECONDS))
 
 
 def slow_link(drill: Drill) -> Outcome:
@@ -314,6 +344,8 @@ FAULTS: dict[str, Callable[[Drill], Outcome]] = {
 }
 ON_DEMAND: dict[str, Callable[[Drill], Outcome]] = {  # played only where they are named
     "kill, masked": kill_masked,
+    "suspend": suspend,
+    "stop rank 0": stop_root,
     "replace, sealed": _with(replace, "comm.encrypt=true"),
     "kill, overlap": _with(kill, "server.evaluate=overlap"),
     "kill, keep": _with(

@@ -112,6 +112,21 @@ def end() -> None:
     time.sleep(60)  # the process leaves meanwhile
 
 
+def another_snapshot() -> None:
+    """Load other weights than the others have."""
+    from slora_dist import model
+
+    load = model.load
+
+    def loaded(*args: Any) -> model.TaskModel:
+        found = load(*args)
+        with torch.no_grad():
+            next(found.net.parameters()).mul_(2.0)
+        return found
+
+    model.load = loaded
+
+
 def fill_disk() -> None:
     """Have no room left for a checkpoint."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,7 +1,7 @@
 """The command line, and the only place that catches exceptions: it says what happened, where, and ends all ranks.
 
 Exit codes: 0 done, 1 something broke while running, 2 a setting, a file or a world that cannot be used, 3 done, but without
-ranks that have died.
+ranks that have died, 4 rank 0 does not answer, as this rank has found.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from slora_dist.commands import out_folder
 from slora_dist.config import Config
 from slora_dist.disk import check_place, write
 from slora_dist.ending import Where, Witness, speak_when_ended
-from slora_dist.errors import ConfigError, RunError
+from slora_dist.errors import ConfigError, RootGone, RunError
 from slora_dist.log import say
 from slora_dist.world import World, detect, launch
 
-INCOMPLETE = 3
+BROKEN, INCOMPLETE, DESERTED = 1, 3, 4
 DOCTOR_SECONDS = 120.0  # a rank that is silent for so long in the self-test is lost
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except RunError as error:  # ranks that do not come together, or do not leave together
         say(rank, f"failed: {error}")
-        return 1
+        return _code(error)
     except KeyboardInterrupt:
         return 130
 
@@ -138,7 +138,11 @@ def _fail(communicator: "Communicator", text: str, error: Exception) -> NoReturn
         import traceback
 
         traceback.print_exception(error)
-    communicator.abort(1)
+    communicator.abort(_code(error))
+
+
+def _code(error: Exception) -> int:
+    return DESERTED if isinstance(error, RootGone) else BROKEN
 
 
 def _settings(options: argparse.Namespace) -> tuple[Config, Path]:

@@ -22,5 +22,11 @@ class RunError(RuntimeError):
     """A failure in the middle of a run: a peer that is gone, a frame that is not valid, a message that is too late."""
 
 
+class RootGone(RunError):
+    """Rank 0 does not answer, or gives no sign of life: it stands still, or its machine is gone. Ends with exit code 4, since nobody but
+    those who wait for rank 0 can say so.
+    """
+
+
 class TransportError(RunError):
     """A collective that broke: a peer is gone, silent or late. Where ranks heal, the round is played again with those who are left."""

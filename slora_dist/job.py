@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,16 +19,19 @@ from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
 from slora_dist.ending import Where
-from slora_dist.errors import ConfigError
+from slora_dist.errors import ConfigError, RunError
 from slora_dist.ledger import Ledger
 from slora_dist.network import Network, check_network, routing
 from slora_dist.privacy import check_accounting
 from slora_dist.roundplan import check_world, home
+from slora_dist.rounds.healing import regroup
+from slora_dist.rounds.holdings import compare, holdings
 from slora_dist.rounds.seat import Seat
 from slora_dist.rounds.session import Session
 from slora_dist.runfolder import Checkpoint, RunFolder
 from slora_dist.scalars import Scalars
 from slora_dist.summary import summarize
+from slora_dist.support import Support
 
 
 class Job:
@@ -55,9 +59,7 @@ class Job:
         self.shaped = Shaped(self.sealed or comm, routing(config)) if config.network.mode == "sleep" else None
         self.comm = Metered(self.shaped or self.sealed or comm, ledger, self.sealed.carried if self.sealed else int)
         self.group = comm if isinstance(comm, TorchComm | MpiComm) and comm.generations else None
-        if self.group and self.group.generations and admitted:
-            self.group.generations.begin(admitted.session)
-        self.launch = launch
+        self.admitted, self.launch = admitted, launch
         self.checkpoint: Checkpoint | None = None
         self.tracker: Scalars | None = None
 
@@ -67,27 +69,35 @@ class Job:
         With ``resume``, or begun by this launch, it goes on from the last checkpoint, where there is one. Returns whether all ranks were
         there at the end.
 
-        Raises ``ConfigError`` on all ranks alike, before any training.
+        Raises ``ConfigError`` on all ranks alike, before any training; what a rank finds wrong later is a ``RunError``.
         """
         session = self._join() if self.group and self.group.generations and self.group.generations.joins else self.prepare(resume, track)
         done = self.checkpoint.values["round"] if self.checkpoint else 0
-        with show.Progress(session.rounds, done) if session.is_root else nullcontext() as progress:
-            for record in session.play(self.checkpoint, stop_after):
-                if progress:
-                    progress.advance(record)
-                if self.tracker:
-                    self.tracker.add(record)
+        try:
+            self._play(session, done, stop_after)
+        except ConfigError as error:
+            if self.comm.size == 1:
+                raise
+            raise RunError(str(error)) from error  # this rank alone knows: the others would wait for it in vain
         if self.tracker:
             self.tracker.close()
         if session.is_root:
             self._leave_results(session)
         return len(self.comm.members) == self.comm.size
 
+    def _play(self, session: Session, done: int, stop_after: int | None) -> None:
+        with show.Progress(session.rounds, done) if session.is_root else nullcontext() as progress:
+            for record in session.play(self.checkpoint, stop_after):
+                if progress:
+                    progress.advance(record)
+                if self.tracker:
+                    self.tracker.add(record)
+
     def _join(self) -> Session:
         """Return the session of a rank that joins a run under way, once the others have taken it in."""
         assert self.group and self.group.generations
         session = self._prepare(resume=False)
-        self.group.regroup()
+        regroup(self.group)
         if self.sealed:
             self.sealed.restart(self.group.generations.number)
         return session
@@ -116,14 +126,22 @@ class Job:
         federation.open(_at_home(self.config, rank, size))
         classifier = model.load(self.config.model, federation.names, self.config.run.seed)
         model.fit(classifier, federation.tokenizer, self.config.data.max_length)
-        for phase in self.config.method.resolved():
-            methods.support(phase, classifier, self.config.method, self.config.run.seed)
+        method, seed = self.config.method, self.config.run.seed
+        supports = [methods.support(phase, classifier, method, seed) for phase in method.resolved()]
         network = Network(self.config, self.shaped)
         seat = Seat(self.config, self.comm, classifier, federation, self.folder, self.device, self.where, network, self.group, self.sealed)
         if seat.is_root:
             seat.test = federation.test()
             self._open_folder(resume)
+        self._tell_holdings(seat, supports)
         return Session(seat)
+
+    def _tell_holdings(self, seat: Seat, supports: Sequence[Support]) -> None:
+        """Let a rank that joins tell rank 0 what it has loaded, and rank 0 judge it by what it has itself."""
+        generations = self.group.generations if self.group else None
+        if generations and self.admitted and (seat.is_root or generations.joins):
+            own = holdings(seat.classifier, seat.federation, supports)
+            generations.begin(self.admitted.session, own, partial(compare, own))
 
     def _open_folder(self, resume: bool) -> None:
         if self.folder.exists() and (resume or self.folder.begun_by(self.launch)):

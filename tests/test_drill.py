@@ -10,7 +10,7 @@ from tests.tiny import ROOT
 
 @pytest.mark.launcher
 def test_a_run_survives_the_death_of_a_rank_and_takes_in_another() -> None:
-    """With encryption: the newcomer is handed the session's key; and before it one is refused whose settings differ."""
+    """With encryption: the newcomer is handed the session's key. Before it others are refused, by their settings and by their weights."""
     drilled("1", "--only", "replace, sealed", "--first", "2")
 
 
@@ -30,6 +30,11 @@ def drilled(*arguments: str) -> None:
     command = [sys.executable, "-m", "drill.run", *arguments]
     played = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert played.returncode == 0 and f"{arguments[0]} drills, 0 failed" in played.stdout, played.stdout + played.stderr
+
+
+@pytest.mark.launcher
+def test_ranks_that_stand_still_end_with_rank_0_or_wake_with_all_others() -> None:
+    drilled("2", "--only", "suspend", "stop rank 0")
 
 
 @pytest.mark.launcher

@@ -31,31 +31,65 @@ def test_a_job_on_one_machine_gets_a_fresh_secret(script: str, tmp_path: Path) -
     assert started(script, tmp_path, SLORA_DIST_SECRET_FILE="file")[1] == "none"
 
 
-STANDS_STILL = """#!/bin/bash
-if [ "${RANK:-$SLURM_PROCID}" = 0 ]; then exit 3; fi
-kill -STOP $$
+# what a rank does, by its number; srun plays three of them, says how they end as SLURM's does, and ends with the highest exit code
+RANK = """#!/bin/bash
+case ${RANK:-$SLURM_PROCID} in 0) %s;; 1) %s;; 2) %s;; esac
 """
 SRUN = """#!/bin/bash
 while [ "$1" != bash ]; do shift; done
-export SLURM_STEP_ID=0
-SLURM_PROCID=1 "$@" &
-echo $! > still
-SLURM_PROCID=0 "$@"
-wait %1 # as srun --wait=0 does
+export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=3
+for rank in 0 1 2; do SLURM_PROCID=$rank "$@" & pids[rank]=$!; done
+echo "${pids[*]}" > tasks
+worst=0
+for rank in 2 1 0; do # as srun --wait=0 does, which may see them end in any order
+  code=0
+  wait "${pids[rank]}" || code=$?
+  if [ $code -gt 0 ]; then echo "srun: error: node[1-2]: task $rank: Exited with exit code $code" >&2; fi
+  if [ $code -gt $worst ]; then worst=$code; fi
+done
+exit $worst
 """
 SCANCEL = """#!/bin/bash
-[ "$*" = "--signal=KILL 7.0" ] && kill -KILL "$(cat still)"
+[ "$*" = "--signal=KILL 7.0" ] || exit 1
+for task in $(cat tasks); do kill -KILL $(cat /proc/$task/task/$task/children) $task; done 2>/dev/null
+true
 """
+STOP = "kill -STOP $$"
 
 
-@pytest.mark.parametrize("script", ["launch/ranks.sh", "slurm/healing.sbatch"])
+def healed(script: str, folder: Path, ranks: tuple[str, str, str]) -> tuple[int, str]:
+    """(exit code, what was said on stderr) of a start script whose three ranks do as they are told."""
+    for name, text in {"python": RANK % ranks, "srun": SRUN, "scancel": SCANCEL}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    environ = {"PATH": f"{folder}:{os.environ['PATH']}", "RANKS": "3", "GRACE": "1", "SLURM_JOB_ID": "7"}
+    command = ["bash", LAUNCH.parent / script, "a.yaml"]
+    ended = subprocess.run(command, cwd=folder, env=environ, timeout=30, capture_output=True, text=True, check=False)
+    return ended.returncode, ended.stderr
+
+
+healing = pytest.mark.parametrize("script", ["launch/ranks.sh", "slurm/healing.sbatch"])
+
+
+@healing
 def test_a_rank_that_stands_still_does_not_hold_up_the_end(script: str, tmp_path: Path) -> None:
     """The others have gone on without it, to rank 0's exit code 3; only a kill ends it."""
-    for name, text in {"python": STANDS_STILL, "srun": SRUN, "scancel": SCANCEL}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANKS": "3", "GRACE": "1", "SLURM_JOB_ID": "7"}
-    assert subprocess.run(["bash", LAUNCH.parent / script, "a.yaml"], cwd=tmp_path, env=environ, timeout=30, check=False).returncode == 3
+    code, said = healed(script, tmp_path, ("exit 3", STOP, "exit 0"))
+    assert code == 3 and "rank 0 stands still" not in said
+
+
+@healing
+def test_a_rank_0_that_stands_still_does_not_hold_up_the_end(script: str, tmp_path: Path) -> None:
+    """One of the others has left because rank 0 does not answer, another has died."""
+    code, said = healed(script, tmp_path, (STOP, "exit 137", "exit 4"))
+    assert code == 137 and said.count("rank 0 stands still, and all others have ended: killed after 1 s") == 1, said
+
+
+@healing
+def test_rank_0_is_waited_for_while_ranks_that_joined_may_be_with_it(script: str, tmp_path: Path) -> None:
+    """All that the script has started are gone, and none of them because of rank 0."""
+    code, said = healed(script, tmp_path, ("sleep 4; exit 3", "exit 137", "exit 1"))
+    assert code == 3 and "rank 0 stands still" not in said
 
 
 def test_on_several_machines_torchrun_is_told_the_secret_or_says_that_there_is_none(tmp_path: Path) -> None:

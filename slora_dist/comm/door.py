@@ -5,8 +5,9 @@ import ipaddress
 import socket
 
 from slora_dist.comm.base import INIT_SECONDS
-from slora_dist.comm.lifeline import Healing, RankLifeline, RootLifeline
-from slora_dist.errors import ConfigError, RunError
+from slora_dist.comm.lifeline import Healing, RankLifeline
+from slora_dist.comm.root_lifeline import RootLifeline
+from slora_dist.errors import ConfigError, RootGone
 from slora_dist.world import World
 
 BACKLOG = 1024  # ranks that may knock at the same moment
@@ -40,10 +41,10 @@ def serve_lifeline(host: str, world: World, healing: Healing) -> RootLifeline:
 
 
 def reach_lifeline(host: str, port: str, world: World, healing: Healing) -> RankLifeline:
-    """Return another rank's end; raises ``RunError`` where rank 0 cannot be reached, ``ConfigError`` where it refuses this rank."""
+    """Return another rank's end; raises ``RootGone`` where rank 0 cannot be reached, ``ConfigError`` where it refuses this rank."""
     try:
         return RankLifeline(host, int(port), world.rank, healing, INIT_SECONDS)
     except ConfigError:  # rank 0 has said why it refuses this rank
         raise
     except (OSError, ValueError) as error:
-        raise RunError(f"rank {world.rank}: connect with rank 0 failed: no lifeline at {host}:{port[:8]!r} ({error})") from error
+        raise RootGone(f"rank {world.rank}: connect with rank 0 failed: no lifeline at {host}:{port[:8]!r} ({error})") from error

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from slora_dist.comm.lifeline import Lifeline, Loss, Meeting
+from slora_dist.comm.lifeline import Loss, Meeting
 from slora_dist.comm.patience import Patience
+from slora_dist.comm.root_lifeline import Lifeline
 from slora_dist.comm.sever import sever, sockets
-from slora_dist.errors import TransportError
+from slora_dist.errors import ConfigError, TransportError
 
 AGAIN = 0.2  # seconds between two cuts, as long as this rank has not left: a group that is just forming opens new connections
 
@@ -56,14 +57,25 @@ class Generations:
         assert self.lifeline.session is not None
         return self.lifeline.session
 
-    def begin(self, session: bytes) -> None:
-        """Tell who joins from now on the key of the run's session."""
-        self.lifeline.session = session
+    def begin(self, session: bytes, holdings: bytes, judge: Callable[[int, bytes], ConfigError | None]) -> None:
+        """Let ranks join from now on: who has loaded what this rank has, by its ``holdings`` and rank 0's judgement of the other's."""
+        self.lifeline.begin(session, holdings, judge)
+
+    def refuse(self, rank: int, error: ConfigError) -> bool:
+        """On rank 0: send a rank away that has joined; return whether it had. The present group is over then."""
+        return self.lifeline.refuse(rank, error)
 
     def wait(self, call: Callable[[], object]) -> None:
-        """Return when ``call``, which waits for the present group, has; raises ``TransportError`` when the group is over before."""
+        """Return when ``call``, which waits for the present group, has.
+
+        Raises ``TransportError`` when the group is over before, another ``RunError`` when all are since rank 0 is gone.
+        """
         assert self._group
-        self._group.patience.wait(call)
+        try:
+            self._group.patience.wait(call)
+        except Exception:
+            self.lifeline.check()
+            raise
 
     def leave(self) -> None:
         """Cut this rank's connections of the present group, so that whoever waits for it learns that it has left."""

@@ -11,10 +11,12 @@ or the key of the run's session, sealed with AES-256-GCM under a key from the se
 import hmac
 import json
 import secrets
+import select
 import socket
 import struct
 import threading
 from collections.abc import Callable
+from math import ceil
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -24,6 +26,7 @@ from slora_dist.secret import holds, proof
 NONCE = 32  # bytes of a nonce and of a proof
 HANDSHAKE_SECONDS = 20.0  # that the other side may take for one step of the handshake
 FRAME_SECONDS = 10.0  # that a frame may take once its first byte is here
+LISTEN = 0.5  # seconds of listening at a time
 MAX_BODY = 1 << 20
 MAX_ACCOUNT = 64 << 10  # bytes that a rank may tell of itself, before rank 0 knows it
 
@@ -68,6 +71,21 @@ class Line:
 
     def _mac(self, side: bytes, number: int, kind: int, body: bytes) -> bytes:
         return proof(self._key, side, number.to_bytes(8, "little"), bytes([kind]), body)[:_MAC]
+
+
+def await_sign(connection: socket.socket, seconds: float) -> None:
+    """Return when there is something to read; raises ``TimeoutError`` when this process has listened for ``seconds`` in vain.
+
+    Time in which it stood still itself, with its whole job or machine perhaps, says nothing of the other end, which could not be heard.
+    So silence is not told by a clock: it is a number of short looks, one of which may have taken as long as it likes.
+    """
+    look = min(LISTEN, seconds)
+    watched = select.poll()
+    watched.register(connection, select.POLLIN)
+    for _ in range(ceil(seconds / look)):
+        if watched.poll(look * 1000):
+            return
+    raise TimeoutError
 
 
 def take(connection: socket.socket, size: int) -> bytes:
@@ -123,7 +141,7 @@ def answer(connection: socket.socket, secret: bytes, size: int, judge: Judge) ->
         raise RunError(f"it calls itself rank {rank} of {size}")
     found = judge(rank, bool(joins), account)
     refused = isinstance(found, ConfigError)
-    told = _reason(found) if isinstance(found, ConfigError) else _wrap(secret, mine, theirs).encrypt(_ONCE, found, None) if found else b""
+    told = reason_of(found) if isinstance(found, ConfigError) else _wrap(secret, mine, theirs).encrypt(_ONCE, found, None) if found else b""
     head = _ANSWER.pack(refused, len(told))
     connection.sendall(proof(secret, b"root", theirs, mine, head, told) + head + told)
     if isinstance(found, ConfigError):
@@ -132,7 +150,8 @@ def answer(connection: socket.socket, secret: bytes, size: int, judge: Judge) ->
     return Line(connection, proof(secret, b"line", mine, theirs), b"root", b"rank"), rank, bool(joins)
 
 
-def _reason(error: ConfigError) -> bytes:
+def reason_of(error: ConfigError) -> bytes:
+    """Return a refusal as it travels: JSON of what the error is made of."""
     return json.dumps([error.setting, error.problem, error.allowed]).encode()
 
 

@@ -26,7 +26,8 @@ from slora_dist.comm.alone import leave
 from slora_dist.comm.base import BUCKET, INIT_SECONDS, MAX_MESSAGE, Chunk, check_summable, check_wire, cut, failing, staged
 from slora_dist.comm.door import reach_lifeline, serve_lifeline
 from slora_dist.comm.generations import Generations
-from slora_dist.comm.lifeline import Healing, RankLifeline, RootLifeline
+from slora_dist.comm.lifeline import Healing
+from slora_dist.comm.root_lifeline import Lifeline
 from slora_dist.errors import ConfigError, RunError, TransportError
 from slora_dist.log import say
 from slora_dist.world import World, check_size
@@ -144,7 +145,7 @@ class MpiComm:
     def close(self) -> None:
         """Leave MPI, all ranks together."""
         if self.generations:  # MPI_Finalize could wait for who is gone
-            with suppress(TransportError):  # all is done: who dies now is not missed
+            with suppress(RunError):  # all is done: who dies now is not missed
                 self.barrier()
             self.generations.lifeline.close()
             return
@@ -196,7 +197,7 @@ class MpiComm:
                     continue
             del self._posted[key]
 
-    def _open_lifeline(self, world: World, healing: Healing, environ: Mapping[str, str]) -> RootLifeline | RankLifeline:
+    def _open_lifeline(self, world: World, healing: Healing, environ: Mapping[str, str]) -> Lifeline:
         """Return this rank's end of the lifeline. Where rank 0 serves it is broadcast, which nobody has to trust."""
         address_B = torch.zeros(ADDRESS_BYTES, dtype=torch.uint8)
         host = environ.get("MASTER_ADDR") or ("127.0.0.1" if world.local_size == world.size else self._mpi.Get_processor_name())

@@ -8,7 +8,7 @@ Legend: B bytes of a message, b bytes of a bucket or less.
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -24,8 +24,9 @@ from slora_dist.comm.alone import leave
 from slora_dist.comm.base import BUCKET, INIT_SECONDS, MAX_MESSAGE, Chunk, check_summable, check_wire, failing, staged
 from slora_dist.comm.door import listen, reach_lifeline, serve_lifeline
 from slora_dist.comm.generations import Generations
-from slora_dist.comm.lifeline import Healing, Lifeline
-from slora_dist.errors import TransportError
+from slora_dist.comm.lifeline import Healing
+from slora_dist.comm.root_lifeline import Lifeline
+from slora_dist.errors import RootGone, RunError, TransportError
 from slora_dist.world import World
 
 NCCL_PATIENCE = timedelta(days=365)  # nccl's watchdog may end the process: the deadlines are those of our waits, which may be longer
@@ -152,7 +153,7 @@ class TorchComm:
             return
         if not dist.is_initialized():  # a rank that joins, and has found that it cannot
             return
-        with suppress(TransportError):  # all is done: who dies now is not missed
+        with suppress(RunError):  # all is done: who dies now is not missed
             self.barrier()
         self.generations.lifeline.close()
         dist.destroy_process_group()
@@ -191,7 +192,7 @@ def open_store(host: str, port: int, world: World, environ: Mapping[str, str]) -
     """
     served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    with failing(world.rank, "connect", 0 if world.rank else None):
+    with _connecting(world.rank):
         patience = timedelta(seconds=INIT_SECONDS)
         serves = world.rank == 0 and not served
         door = listen(host, port, world) if serves else None
@@ -201,13 +202,23 @@ def open_store(host: str, port: int, world: World, environ: Mapping[str, str]) -
 
 def open_lifeline(host: str, store: Store, world: World, healing: Healing) -> Lifeline:
     """Return this rank's end of the lifeline, which rank 0 serves at ``host``. Its port is in the store, which nobody has to trust."""
-    with failing(world.rank, "connect", 0 if world.rank else None):
+    with _connecting(world.rank):
         if world.rank == 0:
             root = serve_lifeline(host, world, healing)
             store.set("lifeline", str(root.port))
             return root
         store.wait(["lifeline"], timedelta(seconds=INIT_SECONDS))
         return reach_lifeline(host, store.get("lifeline").decode(errors="replace"), world, healing)
+
+
+@contextmanager
+def _connecting(rank: int) -> Iterator[None]:
+    """Name what fails inside, where other ranks reach for rank 0: what they cannot reach is not there."""
+    try:
+        with failing(rank, "connect", 0 if rank else None):
+            yield
+    except TransportError as error:
+        raise (RootGone(str(error)) if rank else error) from error.__cause__
 
 
 def _call_roll(store: Store, rank: int, size: int) -> None:

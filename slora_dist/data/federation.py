@@ -2,6 +2,7 @@
 file that only the rank that plays it opens.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,13 @@ class Federation:
             self._parts = split(self._source, config.data, config.clients.count, config.run.seed)
             self.sizes = [len(part) - held_out(len(part), config.clients.holdout) for part in self._parts]
         self.tokenizer = tokenizer or self._words()
+
+    def digest(self) -> str:
+        """Return a digest of the classes, of the split, and of the documents that all ranks read: not of a client's own file."""
+        whole = hashlib.sha256(repr((self.names, self.sizes)).encode())
+        for text, label in zip(self._source.texts, self._source.labels, strict=True) if self._source else ():
+            whole.update(repr((label, text)).encode())
+        return whole.hexdigest()
 
     def trains_on(self, client: int) -> int:
         """Return how many documents a client trains on; 0 where other ranks cannot know."""

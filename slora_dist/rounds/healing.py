@@ -11,6 +11,8 @@ from slora_dist.roundplan import absent, home
 from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import Checkpoint
 
+BREAKS = 5  # times that a round may break and be played again though no rank is gone
+
 
 def heal(seat: Seat, error: TransportError) -> Checkpoint | None:
     """Bring this rank into the next group, with all that it holds as it was at the beginning; return rank 0's last checkpoint.
@@ -20,14 +22,13 @@ def heal(seat: Seat, error: TransportError) -> Checkpoint | None:
     """
     if seat.group is None:
         raise error
-    number = seat.where.round
+    operation = seat.where.operation
     if seat.is_root:
         say(0, f"{seat.where}: {error}; waiting for the others")
     seat.where.operation = "regroup"
-    _regroup(seat.group)
+    regroup(seat.group)
     if seat.sealed and seat.group.generations:
         seat.sealed.restart(seat.group.generations.number)
-    _enough(seat, number)
     seat.comm.ledger.break_off()
     seat.start_over()
     if not seat.is_root:
@@ -36,12 +37,15 @@ def heal(seat: Seat, error: TransportError) -> Checkpoint | None:
     checkpoint = seat.folder.latest()
     done = checkpoint.values["round"] if checkpoint else 0
     _note(seat, done + 1)
+    _enough(seat, done + 1)
+    seat.where.operation = operation
+    _bear(seat, done + 1, error)
     seat.folder.rewind(done if checkpoint else -1, bool(checkpoint and checkpoint.values["unjudged"]))
     say(0, f"going on with ranks {', '.join(map(str, seat.comm.members))} from round {done + 1}")
     return checkpoint
 
 
-def _regroup(group: TorchComm | MpiComm) -> None:
+def regroup(group: TorchComm | MpiComm) -> None:
     """Form the next group. One may die while it is formed, and then it is tried again; rank 0 gives up where it fails and all live."""
     assert group.generations
     failed, lost = 0, len(group.generations.losses)
@@ -55,6 +59,15 @@ def _regroup(group: TorchComm | MpiComm) -> None:
             if group.rank == 0 and failed >= group.size:
                 problem = f"rank 0: {failed} groups in a row were not formed, and nobody is gone: can all ranks reach each other?"
                 raise RunError(f"{problem} ({error})") from error
+
+
+def _bear(seat: Seat, number: int, error: TransportError) -> None:
+    """Count on rank 0 how often round ``number`` has broken in a group with nobody gone; raise when that will not end."""
+    state = number, len(seat.lost), tuple(seat.comm.members)
+    seat.breaks[state] += 1
+    if seat.breaks[state] > BREAKS:
+        look = f"see what the ranks say, whether all can reach each other, and comm.timeout ({seat.config.comm.timeout:g} s)"
+        raise RunError(f"round {number} has broken {seat.breaks[state]} times, and no rank is gone: {look} ({error})") from error
 
 
 def _note(seat: Seat, number: int) -> None:
@@ -72,6 +85,9 @@ def missing(seat: Seat, number: int) -> dict[str, list[int]]:
 
 
 def _enough(seat: Seat, number: int) -> None:
+    """Raise on rank 0 when round ``number`` cannot be played any more; who goes when all are played is not missed."""
+    if number > sum(phase.rounds for phase in seat.phases):
+        return
     left = seat.config.clients.count - len(missing(seat, number)["clients"])
     least = seat.config.clients.min_clients or 1
     if left < least:

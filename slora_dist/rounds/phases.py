@@ -14,7 +14,7 @@ from slora_dist import methods, upload
 from slora_dist.aggregate.server import Server, take
 from slora_dist.agreement import gather_bytes
 from slora_dist.config import AnyPhase, LowrankPhase
-from slora_dist.errors import RunError
+from slora_dist.errors import ConfigError, RunError, TransportError
 from slora_dist.evaluate import Score
 from slora_dist.exchange import Exchange
 from slora_dist.fisher import Selection, selection
@@ -182,4 +182,8 @@ def _compare_fingerprints(seat: Seat, stage: Stage, number: int) -> None:
     mine = stage.coordinates.fingerprint(torch.cat([stage.reference_N, *(weight.reshape(-1) for weight in reduced.values())]))
     for rank, theirs in gather_bytes(seat.comm, mine, stage.label(number, "control", {"fingerprint": len(mine)})).items():
         if theirs != mine:
-            raise RunError(f"rank {rank} has other weights or another mask in phase {stage.name}: same model and versions?")
+            problem = f"rank {rank} has other weights or another mask in phase {stage.name}"
+            refusal = ConfigError("--join", problem, "the same model, the same versions, and a processor that computes the same bits")
+            if seat.group and seat.group.generations and seat.group.generations.refuse(rank, refusal):
+                raise TransportError(f"rank 0: {problem}")  # the others go on without it
+            raise RunError(f"{problem}: same model and versions?")

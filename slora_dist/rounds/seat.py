@@ -3,6 +3,7 @@
 Legend: N coordinates, B bytes.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Seat:
         self.score: Score | None = None
         self.lost: list[dict[str, Any]] = []  # rank 0: who has died since this start, when and how
         self.lost_before: list[dict[str, Any]] = []  # rank 0: who had died before the run was resumed
+        self.breaks = Counter[tuple[int, int, tuple[int, ...]]]()  # rank 0: how often a round has broken, by round, losses and members
         self.test: Encoded | None = None  # rank 0: the held-out documents
 
     @property

@@ -145,3 +145,17 @@ def test_a_job_goes_on_without_a_killed_rank(slurm: SlurmCluster, shared: Path, 
     planned = [sys.executable, "-m", "slora_dist", "train", *settings, f"clients.away={{2: [{first}]}}", "--out", "planned"]
     subprocess.run(planned, check=True, env=environ, cwd=shared, timeout=120, stdout=subprocess.DEVNULL)
     assert adapter(run) == adapter(shared / "planned")
+
+
+def test_a_rank_0_that_stands_still_does_not_hold_the_job(slurm: SlurmCluster, shared: Path) -> None:
+    """The others find that it does not answer; srun says so to the batch script, which then ends it."""
+    settings = ["configs/tiny.yaml", "method.sparse.rounds=1000", "clients.min_clients=2", "comm.client_timeout=5", "--out", "run"]
+    number = slurm.submit("--nodes=3", "--ntasks=4", "--ntasks-per-node=2", "slurm/healing.sbatch", *settings, cwd=shared)
+    slurm.until(lambda: len(rounds(shared / "run")) >= 2, "two rounds", 90)
+    _shell, root, _witness = sorted(pid for pid in having({"SLURM_JOB_ID": number, "SLURM_PROCID": "0"}) if is_rank(pid))
+    os.kill(root, signal.SIGSTOP)
+    facts = slurm.wait(number, 120)
+    log = (shared / f"{number}.out").read_text()
+    assert facts["ExitCode"].split(":")[0] == "137", f"{facts}\n{log}"
+    assert log.count("rank 0 stands still, and all others have ended: killed after 20 s; --resume goes on") == 1, log
+    slurm.until(lambda: not list(having({"SLURM_JOB_ID": number})), "nothing left of the job", 20)

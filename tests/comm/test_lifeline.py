@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import pytest
 
 from slora_dist.comm import line
-from slora_dist.comm.lifeline import Healing, Meeting, RankLifeline, RootLifeline
-from slora_dist.comm.line import MAX_ACCOUNT, NONCE, Line, call, take
-from slora_dist.errors import ConfigError, RunError
+from slora_dist.comm.lifeline import GENERATION_BYTES, READY, Healing, Meeting, RankLifeline
+from slora_dist.comm.line import MAX_ACCOUNT, NONCE, Line, await_sign, call, take
+from slora_dist.comm.root_lifeline import RootLifeline
+from slora_dist.errors import ConfigError, RootGone, RunError
 
 SECRET, ACCOUNT, PATIENCE, SECONDS = b"secret", b"who I am", 30.0, 30.0
 SESSION = b"k" * 32
@@ -37,19 +38,21 @@ def world(size: int, patience: float = PATIENCE) -> Iterator[tuple[RootLifeline,
         root.close()
 
 
-def meet(*ends: RootLifeline | RankLifeline) -> list[Meeting]:
-    """Let all ends meet at the same time, as processes would."""
+def meet(*ends: RootLifeline | RankLifeline, newcomer: RankLifeline | None = None) -> list[Meeting]:
+    """Let all ends meet at the same time, as processes would; a ``newcomer`` is ready before."""
     found: dict[int, Meeting] = {}
 
-    def one(at: int) -> None:
-        found[at] = ends[at].meet(SECONDS)
+    def one(at: int, end: RootLifeline | RankLifeline) -> None:
+        found[at] = end.meet(SECONDS)
 
-    threads = [threading.Thread(target=one, args=(at,)) for at in range(len(ends))]
+    threads = [threading.Thread(target=one, args=(at, end)) for at, end in enumerate([newcomer, *ends]) if end]
     for thread in threads:
         thread.start()
+        while newcomer and not ends[0].newcomers():
+            pass
     for thread in threads:
         thread.join(SECONDS)
-    return [found[at] for at in range(len(ends))]
+    return [found[at] for at in sorted(found)]
 
 
 def tell(over: threading.Event) -> Callable[[int], None]:
@@ -77,7 +80,18 @@ def test_silence_counts_as_death() -> None:
         ranks[1]._line.send = lambda *_: None  # type: ignore[method-assign]  # its heart stops, its connection stays
         assert over.wait(SECONDS)
         assert [(loss.rank, loss.reason) for loss in root.losses] == [(1, "silent for 2 s")]
-        with pytest.raises(RunError, match="given this rank up"):
+        with pytest.raises(RunError, match="given this rank up") as found:
+            ranks[1].meet(SECONDS)
+        assert not isinstance(found.value, RootGone), "rank 0 lives"
+
+
+def test_a_rank_0_that_is_silent_is_told_from_one_that_has_gone() -> None:
+    with world(2) as (root, ranks):
+        meet(root, *ranks.values())
+        ranks[1].patience = 1.0
+        send, beats = root._send, iter(range(2))  # then its heart stops, and its connection stays
+        root._send = lambda *frame: send(*frame) if next(beats, None) is not None else None  # type: ignore[method-assign]
+        with pytest.raises(RootGone, match=r"\(silent for 1 s\)"):
             ranks[1].meet(SECONDS)
 
 
@@ -95,10 +109,104 @@ def test_a_new_rank_takes_the_place_of_a_dead_one() -> None:
         ranks[1] = RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
         assert ranks[1].session == SESSION and ranks[2].session == b"", "a newcomer has not been at the admission, where the key is made"
         assert ACCOUNT in travelled and not any(SESSION in part for part in travelled), "the key is sealed"
-        while not root.newcomers():
+        assert meet(root, ranks[2]) == [Meeting(2, (0, 2))] * 2, "nobody waits for one that still loads its model"
+        assert meet(root, ranks[2], newcomer=ranks[1]) == [Meeting(3, (0, 1, 2))] * 3
+        assert root.newcomers() == []
+
+
+def test_a_newcomer_that_has_loaded_something_else_is_refused_and_the_generation_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+    with world(3) as (root, ranks):
+        meet(root, *ranks.values())
+        other = ConfigError("model.name", "rank 1 has loaded other weights than rank 0", "the same")
+        root.begin(SESSION, b"", lambda rank, holdings: None if (rank, holdings) == (1, b"as rank 0 has it") else other)
+        ranks[1]._line.socket.shutdown(socket.SHUT_RDWR)
+        assert meet(root, ranks[2]) == [Meeting(1, (0, 2))] * 2
+        stranger = RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
+        stranger.begin(SESSION, b"another snapshot", judge)
+        with pytest.raises(ConfigError, match=r"model\.name: rank 1 has loaded other weights"):
+            stranger.meet(SECONDS)
+        assert not root.ended(1) and root.newcomers() == [] and len(root.losses) == 1
+        assert f"refused rank 1: {other}" in capfd.readouterr().err
+        ranks[1] = RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
+        ranks[1].begin(SESSION, b"as rank 0 has it", judge)
+        assert meet(root, ranks[2], newcomer=ranks[1]) == [Meeting(2, (0, 1, 2))] * 3
+
+
+def test_a_rank_that_has_joined_may_still_be_sent_away_and_others_may_not() -> None:
+    """What it makes of the model may differ by its processor, which shows later."""
+    error = ConfigError("--join", "rank 1 has another mask", "the same")
+    with world(3) as (root, ranks):
+        meet(root, *ranks.values())
+        root.session = SESSION
+        assert not root.refuse(1, error) and not root.ended(0)
+        ranks[1]._line.socket.shutdown(socket.SHUT_RDWR)
+        assert meet(root, ranks[2]) == [Meeting(1, (0, 2))] * 2
+        ranks[1] = RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
+        assert meet(root, ranks[2], newcomer=ranks[1]) == [Meeting(2, (0, 1, 2))] * 3
+        assert root.refuse(1, error) and not root.refuse(2, error)
+        with pytest.raises(ConfigError, match="rank 1 has another mask"):
+            ranks[1].meet(SECONDS)
+        assert meet(root, ranks[2]) == [Meeting(3, (0, 2))] * 2 and root.losses[-1].reason == str(error)
+
+
+def test_a_newcomer_that_comes_to_the_end_does_not_wait() -> None:
+    with world(2) as (root, ranks):
+        meet(root, *ranks.values())
+        root.session = SESSION
+        ranks[1]._line.socket.shutdown(socket.SHUT_RDWR)
+        assert meet(root) == [Meeting(1, (0,))]
+        ranks[1] = RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
+        root.close()
+        with pytest.raises(RunError, match="the run has ended"):
+            ranks[1].meet(SECONDS)
+
+
+def test_a_meeting_that_is_over_before_it_was_heard_of_is_not_waited_for() -> None:
+    """Somebody dies just after the call: who has not woken yet must leave that generation, too, and not wait for the next one."""
+    with world(3) as (root, ranks):
+        meet(root, *ranks.values())
+        for rank in ranks.values():
+            rank._line.send(READY, bytes(GENERATION_BYTES))
+        assert root.meet(SECONDS) == Meeting(1, (0, 1, 2))
+        while ranks[1]._meeting.generation < 1 or ranks[2]._meeting.generation < 1:
             pass
-        assert root.newcomers() == [1]
-        assert meet(root, *ranks.values()) == [Meeting(2, (0, 1, 2))] * 3
+        ranks[2]._line.socket.shutdown(socket.SHUT_RDWR)
+        while not ranks[1].ended(1):
+            pass
+        assert ranks[1].meet(SECONDS) == Meeting(1, (0, 1, 2)) and ranks[1].ended(1)
+        assert meet(root, ranks[1]) == [Meeting(2, (0, 1))] * 2
+
+
+def test_who_has_said_goodbye_is_not_waited_for() -> None:
+    """It is through with the run, where the others have to begin the end of it anew."""
+    with world(3) as (root, ranks):
+        meet(root, *ranks.values())
+        ranks.pop(1).close()
+        assert meet(root, ranks[2]) == [Meeting(1, (0, 2))] * 2 and not root.losses
+
+
+def test_time_in_which_a_rank_stood_still_itself_is_no_silence_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is suspended as a whole finds everybody alive when it wakes."""
+    one, other = socket.socketpair()
+
+    class Poll:
+        """Looks in which this process is stopped, whatever that takes; after two of them something comes."""
+
+        looks = 0
+
+        def register(self, *_: object) -> None: ...
+
+        def poll(self, _: float) -> list[int]:
+            Poll.looks += 1
+            return [1] if Poll.looks == 3 else []
+
+    monkeypatch.setattr(line.select, "poll", Poll)
+    await_sign(one, 60.0)
+    with pytest.raises(TimeoutError):
+        await_sign(one, 60.0)
+    assert Poll.looks == 3 + 120
+    one.close()
+    other.close()
 
 
 def test_the_end_of_rank_0_is_the_end_of_all() -> None:
