@@ -46,6 +46,7 @@ test-cluster: $(VENV)/.installed $(FT)/.installed  ## the tests that need a clus
 	$(BIN)/python -m pytest -m cluster tests
 
 N ?= 100
+# As root it plays on hosts with real links, too (iproute2), and with .venv-mpi-ft on an MPI that goes on without a rank.
 drill: $(VENV)/.installed  ## N faults on purpose, each held against the run that was planned so; the table goes to drill.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m drill.run $(N) --out drill.md
 

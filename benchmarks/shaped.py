@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Row
-from tests.cluster.network import Network
+from drill.network import Network
 
 ROOT = Path(__file__).parents[1]
 HOSTS, RATES = 4, (10, 100)

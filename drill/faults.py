@@ -1,98 +1,17 @@
-"""The faults of a drill: what is done, what has to come of it, and with which run the result is compared bit for bit."""
+"""Faults over gloo: ranks on this machine, forked from this process. What is done, what has to come of it, and with which run the result is
+compared bit for bit.
+"""
 
 import json
-import random
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from drill import sabotage
-from drill.ranks import STEP, Ranks, rounds
+from drill.one import HEALING, PATIENCE, PATIENT, RANKS, ROUNDS, SECONDS, Drill, Fault, Outcome, away
+from drill.ranks import STEP, Saboteur, rounds
 from drill.sabotage import POINTS, ROOT_POINTS
 from slora_dist.comm.line import FRAME_SECONDS
-
-RANKS, ROUNDS = 5, 10
-PATIENCE = 8.0  # seconds of silence that count as death, where a rank stands still
-SECONDS = 120.0  # of one job: a hang fails here
-CONFIG = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
-SETTINGS = (
-    "clients.count=4", "clients.per_round=4", "clients.steps=1", "clients.batch_size=8", "data.limit=80", "data.test_limit=16",
-    "method.sparse.rounds=5", "method.lowrank.rounds=5", "server.momentum=0.5", "comm.backend=gloo",
-)  # fmt: skip
-HEALING = ("clients.min_clients=2",)
-SECRET = {"SLORA_DIST_SECRET": "of the drill, and of nobody else"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a fault: seconds until somebody said so, finished rounds that are missing or double, whether the bits are right, and
-    whether ``slora-dist audit`` finds the run's files in order.
-    """
-
-    injected: str
-    noticed: float | None
-    lost: int
-    equal: bool
-    audited: bool
-
-
-class Drill:
-    """One fault in a folder of its own; ``references`` holds the runs that results are compared with."""
-
-    def __init__(self, folder: Path, references: Path, seed: int) -> None:
-        self.folder, self.references, self.draw = folder, references, random.Random(seed)
-        self.run, self.log, self.mark = folder / "run", folder / "log", folder / "injected"
-        folder.mkdir(parents=True)
-        self.log.touch()
-        self.number = self.draw.randrange(2, ROUNDS + 1)
-        self.victim = self.draw.randrange(1, RANKS)
-
-    @property
-    def client(self) -> int:
-        """The client that lives on the victim."""
-        return self.victim - 1
-
-    def start(self, saboteurs: Mapping[int, sabotage.Saboteur], *more: str, size: int = RANKS) -> Ranks:
-        """Start the job."""
-        return Ranks(size, ["train", CONFIG, *SETTINGS, *more, "--out", str(self.run)], self.log, SECRET).start(saboteurs)
-
-    def noticed(self, ranks: Ranks, words: Sequence[str]) -> float:
-        """Return the seconds from the fault until the log has one of ``words``."""
-        ranks.until(self.mark.exists, SECONDS, "the fault")
-        ranks.until(lambda: any(word in self.log.read_text(encoding="utf-8") for word in words), SECONDS, f"{words} in the log")
-        return max(0.0, time.monotonic() - float(self.mark.read_text(encoding="utf-8")) - STEP)
-
-    def resume(self, size: int) -> None:
-        """Play the rest on ``size`` ranks."""
-        self.mark.unlink(missing_ok=True)
-        with Ranks(size, ["train", "--resume", str(self.run)], self.log).start() as ranks:
-            ended = ranks.wait(SECONDS)
-            assert set(ended.values()) == {0}, f"{ended}\n{self.log.read_text(encoding='utf-8')[-3000:]}"
-
-    def outcome(self, injected: str, noticed: float | None, *planned: str) -> Outcome:
-        """Compare the finished run with one that was ``planned`` so."""
-        numbers = [json.loads(line)["round"] for line in (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        lost = len(set(range(1, ROUNDS + 1)) - set(numbers)) + len(numbers) - len(set(numbers))
-        equal = _bits(self.run) == _bits(self.reference(*planned))
-        with Ranks(1, ["audit", str(self.run)], self.log).start() as auditor:
-            return Outcome(injected, noticed, lost, equal, auditor.wait(SECONDS) == {0: 0})
-
-    def reference(self, *planned: str) -> Path:
-        """Return an undisturbed run with these settings, played once by a world of one."""
-        name = "undisturbed" + "".join(character if character.isalnum() else "-" for character in "".join(planned))
-        run = self.references / name
-        if not (run / "summary.json").exists():
-            shutil.rmtree(run, ignore_errors=True)
-            log = self.references / f"{name}.log"
-            log.touch()
-            with Ranks(1, ["train", CONFIG, *SETTINGS, *planned, "--out", str(run)], log).start() as ranks:
-                assert ranks.wait(SECONDS) == {0: 0}, log.read_text(encoding="utf-8")
-        return run
 
 
 def kill(drill: Drill, *settings: str, points: Sequence[str] = POINTS, planned: Sequence[str] | None = None) -> Outcome:
@@ -101,10 +20,8 @@ def kill(drill: Drill, *settings: str, points: Sequence[str] = POINTS, planned: 
     with drill.start({drill.victim: sabotage.at(point, drill.number, sabotage.kill, drill.mark)}, *HEALING, *settings) as ranks:
         noticed = drill.noticed(ranks, [f"rank {drill.victim} is gone"])
         _ended(ranks.wait(SECONDS), {drill.victim: -signal.SIGKILL}, 3)
-    away = _away(drill.client, drill.number)
-    return drill.outcome(
-        f"kill rank {drill.victim}, round {drill.number}, {point}", noticed, *(settings if planned is None else planned), away
-    )
+    injected = f"kill rank {drill.victim}, round {drill.number}, {point}"
+    return drill.outcome(injected, noticed, *(settings if planned is None else planned), away({drill.client: [drill.number]}))
 
 
 def kill_masked(drill: Drill) -> Outcome:
@@ -125,8 +42,8 @@ def kill_two(drill: Drill) -> Outcome:
     with drill.start(saboteurs, *HEALING) as ranks:
         noticed = drill.noticed(ranks, [f"rank {drill.victim} is gone"])
         _ended(ranks.wait(SECONDS), {drill.victim: -signal.SIGKILL, other: -signal.SIGKILL}, 3)
-    away = f"clients.away={{{drill.client}: [{drill.number}], {other - 1}: [{later}]}}"
-    return drill.outcome(f"kill ranks {drill.victim} and {other}, rounds {drill.number} and {later}", noticed, away)
+    planned = away({drill.client: [drill.number], other - 1: [later]})
+    return drill.outcome(f"kill ranks {drill.victim} and {other}, rounds {drill.number} and {later}", noticed, planned)
 
 
 def replace(drill: Drill, *settings: str) -> Outcome:
@@ -154,23 +71,20 @@ def replace(drill: Drill, *settings: str) -> Outcome:
     records = [json.loads(line) for line in (drill.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = max(record["round"] for record in records if record["missing"]["clients"])
     assert last < ROUNDS
-    return drill.outcome(f"replace rank {drill.victim}, round {drill.number}", noticed, _away(drill.client, drill.number, last))
+    return drill.outcome(f"replace rank {drill.victim}, round {drill.number}", noticed, away({drill.client: [drill.number, last]}))
 
 
 def stop(drill: Drill) -> Outcome:
     """A rank stands still: after ``comm.client_timeout`` it counts as dead, and when it wakes it ends itself."""
     point = drill.draw.choice(POINTS)
-    with drill.start(
-        {drill.victim: sabotage.at(point, drill.number, sabotage.stop, drill.mark)}, *HEALING, f"comm.client_timeout={PATIENCE:g}"
-    ) as ranks:
+    with drill.start({drill.victim: sabotage.at(point, drill.number, sabotage.stop, drill.mark)}, *PATIENT) as ranks:
         noticed = drill.noticed(ranks, [f"rank {drill.victim} is gone"])
         survivors = [rank for rank in range(RANKS) if rank != drill.victim]
         _ended(ranks.wait(SECONDS, *survivors), {}, 3)
         ranks.send(signal.SIGCONT, drill.victim)
         assert ranks.wait(SECONDS, drill.victim) == {drill.victim: 1}
-    return drill.outcome(
-        f"stop rank {drill.victim}, round {drill.number}, {point}", max(0.0, noticed - PATIENCE), _away(drill.client, drill.number)
-    )
+    injected = f"stop rank {drill.victim}, round {drill.number}, {point}"
+    return drill.outcome(injected, max(0.0, noticed - PATIENCE), away({drill.client: [drill.number]}))
 
 
 def drop_link(drill: Drill) -> Outcome:
@@ -179,12 +93,12 @@ def drop_link(drill: Drill) -> Outcome:
     with drill.start({drill.victim: sabotage.at(point, drill.number, sabotage.drop_links, drill.mark)}, *HEALING) as ranks:
         noticed = drill.noticed(ranks, [f"rank {drill.victim} is gone"])
         _ended(ranks.wait(SECONDS), {drill.victim: 1}, 3)
-    return drill.outcome(f"cut off rank {drill.victim}, round {drill.number}, {point}", noticed, _away(drill.client, drill.number))
+    return drill.outcome(f"cut off rank {drill.victim}, round {drill.number}, {point}", noticed, away({drill.client: [drill.number]}))
 
 
 def suspend(drill: Drill) -> Outcome:
     """All ranks stand still for longer than ``comm.client_timeout``, as SLURM suspends a job, and go on: nothing is lost."""
-    with drill.start({}, *HEALING, f"comm.client_timeout={PATIENCE:g}") as ranks:
+    with drill.start({}, *PATIENT) as ranks:
         ranks.until(lambda: rounds(drill.run) >= drill.number - 1, SECONDS, "a round")
         ranks.send(signal.SIGSTOP, *range(RANKS))
         time.sleep(1.5 * max(PATIENCE, FRAME_SECONDS))
@@ -196,9 +110,7 @@ def suspend(drill: Drill) -> Outcome:
 def stop_root(drill: Drill) -> Outcome:
     """Rank 0 stands still: the others leave, and their exit code tells why. It is killed then, as the scripts do, and the run resumed."""
     point = drill.draw.choice(ROOT_POINTS)
-    with drill.start(
-        {0: sabotage.at(point, drill.number, sabotage.stop, drill.mark)}, *HEALING, f"comm.client_timeout={PATIENCE:g}"
-    ) as ranks:
+    with drill.start({0: sabotage.at(point, drill.number, sabotage.stop, drill.mark)}, *PATIENT) as ranks:
         noticed = drill.noticed(ranks, ["rank 0 is gone, or has given this rank up (silent"])
         _ended(ranks.wait(SECONDS, *range(1, RANKS)), {}, 4)
         ranks.send(signal.SIGKILL, 0)
@@ -217,15 +129,16 @@ def slow_link(drill: Drill) -> Outcome:
 
 def nan_client(drill: Drill) -> Outcome:
     """A client's update is not a number: it is left out of that round and named."""
-    with drill.start({drill.victim: sabotage.nan_update(drill.number, drill.mark)}) as ranks:
+    with drill.start({drill.victim: sabotage.nan_update(drill.client, drill.number, drill.mark)}) as ranks:
         noticed = drill.noticed(ranks, [f"client {drill.client}"])
         _ended(ranks.wait(SECONDS), {}, 0)
-    return drill.outcome(f"NaN from client {drill.client}, round {drill.number}", noticed, _away(drill.client, drill.number, drill.number))
+    planned = away({drill.client: [drill.number, drill.number]})
+    return drill.outcome(f"NaN from client {drill.client}, round {drill.number}", noticed, planned)
 
 
 def corrupt_frame(drill: Drill) -> Outcome:
     """A damaged message ends the run with the line that says whose it was; what was finished is resumed."""
-    with drill.start({drill.victim: sabotage.corrupt_frame(drill.number, drill.mark)}) as ranks:
+    with drill.start({drill.victim: sabotage.corrupt_frame(drill.client, drill.number, drill.mark)}) as ranks:
         noticed = drill.noticed(ranks, [f"message of client {drill.client}"])
         assert ranks.wait(SECONDS)[0] == 1
     drill.resume(drill.draw.choice((1, 3, 5)))
@@ -264,33 +177,7 @@ def requeue(drill: Drill) -> Outcome:
     return drill.outcome(f"requeue, round {drill.number}", noticed)
 
 
-def mpi_kill(drill: Drill) -> Outcome:
-    """A rank of an MPI job is killed: the job ends, and is resumed."""
-    mpiexec = Path(sys.executable).with_name("mpiexec")
-    settings = [setting for setting in SETTINGS if not setting.startswith("comm.backend")]
-    strike = f"sabotage.at({drill.draw.choice(POINTS)!r}, {drill.number}, sabotage.kill, Path({str(drill.mark)!r}))()"
-    code = f"""
-import os, sys
-from pathlib import Path
-from drill import sabotage
-from slora_dist.cli import main
-if os.environ.get("PMI_RANK") == "2":
-    {strike}
-sys.exit(main(sys.argv[1:]))
-"""
-    with drill.log.open("a", encoding="utf-8") as log:
-        command = [mpiexec, "-n", "3", sys.executable, "-c", code, "train", CONFIG, *settings, "comm.backend=mpi", "--out", drill.run]
-        ended = subprocess.run([str(part) for part in command], stdout=log, stderr=log, timeout=SECONDS, check=False)
-    assert ended.returncode and drill.mark.exists(), drill.log.read_text(encoding="utf-8")
-    noticed = max(0.0, time.monotonic() - float(drill.mark.read_text(encoding="utf-8")))
-    tree = json.loads((drill.run / "config.json").read_text(encoding="utf-8"))
-    tree["settings"]["comm"]["backend"] = "auto"  # the rest is played without MPI
-    (drill.run / "config.json").write_text(json.dumps(tree), encoding="utf-8")
-    drill.resume(1)
-    return drill.outcome(f"kill rank 2 of an MPI job, round {drill.number}", noticed)
-
-
-def _slowly(drill: Drill) -> sabotage.Saboteur:
+def _slowly(drill: Drill) -> Saboteur:
     """Give the newcomer time to come: rank 0 waits before each round after the victim's death until it is there."""
 
     def saboteur() -> None:
@@ -311,24 +198,16 @@ def _slowly(drill: Drill) -> sabotage.Saboteur:
     return saboteur
 
 
-def _away(client: int, *rounds: int) -> str:
-    return f"clients.away={{{client}: {list(rounds)}}}"
-
-
 def _ended(codes: Mapping[int, int], own: Mapping[int, int], others: int) -> None:
     wanted = {rank: own.get(rank, others) for rank in codes}
     assert codes == wanted, f"exit codes {codes}, should be {wanted}"
 
 
-def _bits(run: Path) -> bytes:
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def _with(fault: Callable[..., Outcome], *settings: str) -> Callable[[Drill], Outcome]:
+def _with(fault: Callable[..., Outcome], *settings: str) -> Fault:
     return lambda drill: fault(drill, *settings)
 
 
-FAULTS: dict[str, Callable[[Drill], Outcome]] = {
+FAULTS: dict[str, Fault] = {
     "kill": kill,
     "kill two": kill_two,
     "replace": replace,
@@ -340,9 +219,8 @@ FAULTS: dict[str, Callable[[Drill], Outcome]] = {
     "kill rank 0": kill_root,
     "disk full": disk_full,
     "requeue": requeue,
-    "MPI kill": mpi_kill,
 }
-ON_DEMAND: dict[str, Callable[[Drill], Outcome]] = {  # played only where they are named
+ON_DEMAND: dict[str, Fault] = {  # played only where they are named
     "kill, masked": kill_masked,
     "suspend": suspend,
     "stop rank 0": stop_root,

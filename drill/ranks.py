@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 Saboteur = Callable[[], None]
 STEP = 0.02  # seconds between two looks
@@ -23,6 +24,22 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
     return port
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str, log: Path) -> None:
+    """Return as soon as ``condition`` holds; raises ``TimeoutError``, with the end of ``log``, after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s for {what}\n{log.read_text(encoding='utf-8')[-4000:]}")
+        time.sleep(STEP)
+
+
+class Job(Protocol):
+    """Ranks that run, wherever and however they were started."""
+
+    def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        """Return as soon as ``condition`` holds; raises ``TimeoutError`` after ``seconds``."""
 
 
 class Ranks:
@@ -73,13 +90,13 @@ class Ranks:
 
     def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         """Return as soon as ``condition`` holds; raises ``TimeoutError`` after ``seconds``."""
-        deadline = time.monotonic() + seconds
-        while not condition():
+
+        def holds() -> bool:
             for rank in list(self.pids):
                 self._reap(rank, os.WNOHANG)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {seconds:g} s for {what}\n{self.log.read_text(encoding='utf-8')[-4000:]}")
-            time.sleep(STEP)
+            return condition()
+
+        until(holds, seconds, what, self.log)
 
     def _reap(self, rank: int, options: int) -> None:
         pid, status = os.waitpid(self.pids[rank], options)
@@ -111,3 +128,8 @@ def rounds(run: Path) -> int:
     """Return the number of finished rounds of a run."""
     path = run / "metrics.jsonl"
     return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
+
+
+def pids(folder: Path) -> dict[int, int]:
+    """Return {rank: process} of the ranks that have left their number in a folder."""
+    return {int(file.name.removeprefix("rank-")): int(file.read_text(encoding="ascii")) for file in folder.glob("rank-*")}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from drill.ranks import Saboteur
+from drill.ranks import Saboteur, pids
 
 POINTS = ("broadcast", "training", "trained", "upload", "ledger")
 ROOT_POINTS = ("broadcast", "evaluate", "ledger", "checkpoint")
@@ -33,7 +33,7 @@ def at(point: str, number: int, deed: Deed, mark: Path) -> Saboteur:
         def strike() -> None:
             if not done and here and here[0] >= number:  # a checkpoint may be written behind the next round
                 done.append(True)
-                mark.write_text(str(time.monotonic()), encoding="utf-8")
+                _note(mark)
                 deed()
 
         here: list[int] = []
@@ -127,6 +127,13 @@ def another_snapshot() -> None:
     model.load = loaded
 
 
+def end_all(folder: Path) -> None:
+    """Be told to go, and all other ranks at the same moment; ``folder`` has the number of each one's process."""
+    for pid in pids(folder).values():
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(60)
+
+
 def fill_disk() -> None:
     """Have no room left for a checkpoint."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -143,47 +150,73 @@ def tear_checkpoint() -> None:
     runfolder.save_file = torn  # type: ignore[assignment]
 
 
-def nan_update(number: int, mark: Path) -> Saboteur:
-    """Send an update of NaN in round ``number``."""
+def hurry(seconds: float) -> Saboteur:
+    """Wait no longer than ``seconds`` in an operation of a round. (``comm.timeout`` holds for the start, too, which takes longer here.)"""
 
     def saboteur() -> None:
-        from dataclasses import replace
-
-        from slora_dist import client
         from slora_dist.rounds import session
 
-        here: list[int] = []
-        play, train = session.Session._round, client.train
+        play = session.Session._round
 
         def played(self: Any, stage: Any, this: int) -> Any:
-            here[:] = [this]
+            self.comm.comm.timeout = seconds
             return play(self, stage, this)
 
-        def trained(*args: Any, **kwargs: Any) -> Any:
-            update = train(*args, **kwargs)
-            if here != [number]:
-                return update
-            mark.write_text(str(time.monotonic()), encoding="utf-8")
-            return replace(update, delta_N=torch.full_like(update.delta_N, float("nan")))
-
-        session.Session._round, client.train = played, trained  # type: ignore[method-assign]
+        session.Session._round = played  # type: ignore[method-assign]
 
     return saboteur
 
 
-def corrupt_frame(number: int, mark: Path) -> Saboteur:
-    """Send a message in round ``number`` whose header is damaged."""
+def nan_update(client: int, number: int, mark: Path) -> Saboteur:
+    """Let a client's update of round ``number`` be NaN, on whichever rank it trains."""
 
-    def deed() -> None:
+    def saboteur() -> None:
+        from dataclasses import replace
+
+        from slora_dist import client as clients
+        from slora_dist.rounds import training
+
+        here: list[int] = []
+        begin, train = training._train, clients.train
+
+        def begun(seat: Any, stage: Any, this: int, who: int, *more: Any) -> Any:
+            here[:] = [who, this]
+            return begin(seat, stage, this, who, *more)
+
+        def trained(*args: Any, **kwargs: Any) -> Any:
+            update = train(*args, **kwargs)
+            if here != [client, number]:
+                return update
+            _note(mark)
+            return replace(update, delta_N=torch.full_like(update.delta_N, float("nan")))
+
+        training._train, clients.train = begun, trained  # type: ignore[assignment]
+
+    return saboteur
+
+
+def corrupt_frame(client: int, number: int, mark: Path) -> Saboteur:
+    """Damage the header of a client's message of round ``number``, on whichever rank it trains."""
+
+    def saboteur() -> None:
         from slora_dist.wire import Header
 
         pack = Header.pack
 
         def damaged(self: Header) -> torch.Tensor:
             header_B = pack(self)
-            header_B[0] ^= 0xFF
+            if (self.client, self.round) == (client, number):
+                _note(mark)
+                header_B[0] ^= 0xFF
             return header_B
 
         Header.pack = damaged  # type: ignore[method-assign]
 
-    return at("training", number, deed, mark)
+    return saboteur
+
+
+def _note(mark: Path) -> None:
+    """Leave the time of the fault, complete as soon as it can be seen."""
+    draft = mark.with_suffix(".draft")
+    draft.write_text(str(time.monotonic()), encoding="utf-8")
+    draft.rename(mark)

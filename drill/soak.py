@@ -11,7 +11,7 @@ import flwr_datasets.partitioner  # noqa: F401  # imported once, here: the ranks
 
 import slora_dist.comm.torch_comm
 import slora_dist.job  # noqa: F401
-from drill.faults import CONFIG, SECONDS
+from drill.one import CONFIG, SECONDS
 from drill.ranks import Ranks, Saboteur
 
 RANKS, WARM = 4, 20  # rounds after which nothing may grow any more

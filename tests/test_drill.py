@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from drill import hosts, mpi, run
 from tests.tiny import ROOT
 
 
@@ -24,6 +27,23 @@ def test_masks_of_a_client_that_dies_after_the_keys_were_exchanged_leave_no_trac
 def test_a_base_that_takes_something_over_is_the_same_for_those_who_are_left_and_so_is_its_account() -> None:
     """Residuals kept in the base, rules fedex and stack: each loses a rank in its low-rank phase, and passes its audit."""
     drilled("3", "--only", "kill, keep", "kill, fedex", "kill, stack", "--first", "15")
+
+
+@pytest.mark.launcher
+def test_a_job_of_mpi_is_requeued_and_goes_on_in_another_world() -> None:
+    drilled("1", "--only", "MPI requeue")
+
+
+def test_faults_that_cannot_be_played_are_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mpi, "ULFM", replace(mpi.ULFM, bin=tmp_path))
+    monkeypatch.setattr(hosts, "PROGRAMS", ("no-such-program",))
+    chosen = run.chosen(["kill", "ULFM kill", "hosts slow link"])
+    assert chosen == ["kill"]
+    ulfm, links = capsys.readouterr().out.splitlines()
+    assert ulfm.startswith("left out: ULFM kill: no Open MPI 5")
+    assert links.startswith("left out: hosts slow link: needs ") and links.endswith("no-such-program")
 
 
 def drilled(*arguments: str) -> None:

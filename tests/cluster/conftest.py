@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.network import Network
+from drill.network import PROGRAMS, Network
 from tests.cluster.slurm_cluster import SlurmCluster
 
 REPOSITORY = Path(__file__).parents[2]
 SLURM_NEEDS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
-NETWORK_NEEDS = ("ip", "tc", "unshare")
 # 20 rounds in two phases: long enough to be disturbed in the middle, some seconds of work in all
 LONG = ("method.sparse.rounds=10", "method.lowrank.rounds=10")
 
@@ -55,7 +54,7 @@ def slurm(environ: dict[str, str]) -> Iterator[SlurmCluster]:
 @pytest.fixture(scope="session")
 def network() -> Iterator[Network]:
     """Four hosts with links of 100 Mbit/s."""
-    _require(NETWORK_NEEDS)
+    _require(PROGRAMS)
     hosts = Network(4)
     try:
         hosts.up()

@@ -1,20 +1,13 @@
-"""What both clusters need of the operating system: commands with a deadline, waiting for a condition, and who is still alive."""
+"""What tests of clusters need of the operating system: waiting for a condition, and whose processes run."""
 
 import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from drill.processes import alive
+
 INTERVAL = 0.1  # seconds between two looks at a condition
-
-
-def output(command: Sequence[str | Path], timeout: float = 60, **options: object) -> str:
-    """Run a command to its end and return what it printed; a failure shows both streams."""
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout, **options)  # type: ignore[call-overload]
-    assert result.returncode == 0, f"{command}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
-    text: str = result.stdout
-    return text
 
 
 def until(condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
@@ -24,14 +17,6 @@ def until(condition: Callable[[], bool], what: str, timeout: float = 60) -> None
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {timeout:g} s: {what}")
         time.sleep(INTERVAL)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def having(variables: Mapping[str, str]) -> Iterator[int]:

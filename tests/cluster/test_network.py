@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from drill.network import Network
 from tests.cluster.conftest import REPOSITORY
-from tests.cluster.network import Network
-from tests.cluster.processes import output, until
+from tests.cluster.processes import until
 from tests.cluster.runs import adapter, lines, ranks
 
 pytestmark = pytest.mark.cluster
@@ -108,9 +108,9 @@ def test_a_pulled_cable_counts_as_death(network: Network, shared: Path, environ:
     heals = [*command, "clients.min_clients=2", "comm.client_timeout=8", "--out", "heals"]
     started = {host: network.start(host, heals, shared, meet | {"RANK": str(host - 1)}) for host in range(1, 5)}
     until(lambda: len(lines(shared / "heals", "metrics.jsonl")) >= 3, "three rounds", 90)
-    output(["ip", "-n", f"{network.prefix}3", "link", "set", "eth0", "down"])
+    network.set_link(3, "down")
     codes = {host: process.wait(120) for host, process in started.items()}
-    output(["ip", "-n", f"{network.prefix}3", "link", "set", "eth0", "up"])
+    network.set_link(3, "up")
     log = (shared / "host1.log").read_text()
     assert codes == {1: 3, 2: 3, 3: 4, 4: 3}, log + (shared / "host3.log").read_text()
     assert "[rank 0] rank 2 is gone: silent for 8 s" in log

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from drill.processes import output
 from slora_dist.runfolder import RunFolder
-from tests.cluster.processes import output
 from tests.tiny import TINY, tensors
 
 LIBRARIES = sorted(Path("/usr/lib").glob("*/libmpi.so.40"))

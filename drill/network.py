@@ -4,6 +4,8 @@ Host i of 1..N is named nodeI, has 10.77.0.I on eth0 and an /etc/hosts that know
 that no packet for these addresses ever leaves the machine.
 """
 
+import ctypes
+import json
 import os
 import secrets
 import shutil
@@ -11,13 +13,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
-from tests.cluster.processes import output
+from drill.processes import output
 
 NETWORK = "10.77.0"
 GUARD = ["route", "add", "unreachable", f"{NETWORK}.0/24"]
-SHAPE = ["root", "tbf", "burst", "32kb", "latency", "400ms", "rate"]  # a queue that TCP need not overrun
+PROGRAMS = ("ip", "tc", "unshare")
+CLONE_NEWNET = 0x40000000
 ONE_FRAME = ["gso_max_segs", "1"]  # else counters see frames of 64 kB, and headers are under-counted
 
 
@@ -28,6 +33,17 @@ class Network:
         self.mbit = mbit
         self.hosts, self.prefix = hosts, f"t{secrets.token_hex(3)}-"
         self.switch = f"{self.prefix}sw"
+
+    def __enter__(self) -> "Network":
+        try:
+            self.up()
+        except BaseException:
+            self.down()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.down()
 
     def up(self) -> None:
         """Make the switch, then host after host."""
@@ -43,7 +59,8 @@ class Network:
         for name in output(["ip", "netns", "list"]).split():
             if name.startswith(self.prefix):
                 for pid in output(["ip", "netns", "pids", name]).split():
-                    os.kill(int(pid), signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it has just ended
+                        os.kill(int(pid), signal.SIGKILL)
                 output(["ip", "netns", "delete", name])
                 shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
 
@@ -65,6 +82,28 @@ class Network:
         """Return what makes the command behind it run on a host."""
         name = f'hostname node{number}; exec "$@"'
         return ["ip", "netns", "exec", f"{self.prefix}{number}", "unshare", "--uts", "bash", "-c", name, "on"]
+
+    def enter(self, number: int) -> None:
+        """Move the calling thread to a host: what it opens from now on is there, and so are threads and processes that it starts."""
+        with Path(f"/var/run/netns/{self.prefix}{number}").open(encoding="ascii") as place:
+            if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"setns to host {number}")
+
+    def set_link(self, number: int, state: str, at_switch: bool = False) -> None:
+        """Set a host's link up or down: its own interface, or the switch's port at the other end, as when the cable is pulled."""
+        name, device = (self.switch, f"port{number}") if at_switch else (f"{self.prefix}{number}", "eth0")
+        self._ip(name, "link", "set", device, state)
+
+    def shape(self, number: int, rate: str, burst: str = "32kb", queue: str = "400ms") -> None:
+        """Give a host's link a rate, both ways. ``queue`` is how long a frame may wait: what comes then is dropped."""
+        for name, device in ((f"{self.prefix}{number}", "eth0"), (self.switch, f"port{number}")):
+            output(["tc", "-n", name, "qdisc", "replace", "dev", device, "root", "tbf", "burst", burst, "latency", queue, "rate", rate])
+
+    def dropped(self, number: int) -> int:
+        """Return the frames that a host's link has dropped, both ways."""
+        ends = ((f"{self.prefix}{number}", "eth0"), (self.switch, f"port{number}"))
+        told = [output(["tc", "-n", name, "-s", "-j", "qdisc", "show", "dev", device]) for name, device in ends]
+        return sum(int(queue["drops"]) for one in told for queue in json.loads(one))
 
     def processes(self) -> list[int]:
         """Return what runs on all hosts."""
@@ -88,9 +127,7 @@ class Network:
         self._ip(self.switch, "link", "set", port, "master", "br0", *ONE_FRAME, "up")
         self._ip(host, "link", "set", "eth0", *ONE_FRAME, "up")
         self._ip(host, "addr", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
-        rate = f"{self.mbit}mbit"
-        output(["tc", "-n", host, "qdisc", "add", "dev", "eth0", *SHAPE, rate])
-        output(["tc", "-n", self.switch, "qdisc", "add", "dev", port, *SHAPE, rate])
+        self.shape(number, f"{self.mbit}mbit")
 
     def _ip(self, namespace: str, *command: str) -> None:
         output(["ip", "-n", namespace, *command])
