@@ -12,6 +12,7 @@ from slora_dist.comm.lifeline import GENERATION_BYTES, READY, Healing, Meeting, 
 from slora_dist.comm.line import MAX_ACCOUNT, NONCE, Line, await_sign, call, take
 from slora_dist.comm.root_lifeline import RootLifeline
 from slora_dist.errors import ConfigError, RootGone, RunError
+from tests.cluster.processes import until
 
 SECRET, ACCOUNT, PATIENCE, SECONDS = b"secret", b"who I am", 30.0, 30.0
 SESSION = b"k" * 32
@@ -38,18 +39,18 @@ def world(size: int, patience: float = PATIENCE) -> Iterator[tuple[RootLifeline,
         root.close()
 
 
-def meet(*ends: RootLifeline | RankLifeline, newcomer: RankLifeline | None = None) -> list[Meeting]:
+def meet(root: RootLifeline, *ranks: RankLifeline, newcomer: RankLifeline | None = None) -> list[Meeting]:
     """Let all ends meet at the same time, as processes would; a ``newcomer`` is ready before."""
     found: dict[int, Meeting] = {}
 
     def one(at: int, end: RootLifeline | RankLifeline) -> None:
         found[at] = end.meet(SECONDS)
 
-    threads = [threading.Thread(target=one, args=(at, end)) for at, end in enumerate([newcomer, *ends]) if end]
+    threads = [threading.Thread(target=one, args=(at, end)) for at, end in enumerate([newcomer, root, *ranks]) if end]
     for thread in threads:
         thread.start()
-        while newcomer and not ends[0].newcomers():
-            pass
+        if newcomer and thread is threads[0]:
+            until(lambda: bool(root.newcomers()), "the newcomer to be ready", SECONDS)
     for thread in threads:
         thread.join(SECONDS)
     return [found[at] for at in sorted(found)]
@@ -168,11 +169,9 @@ def test_a_meeting_that_is_over_before_it_was_heard_of_is_not_waited_for() -> No
         for rank in ranks.values():
             rank._line.send(READY, bytes(GENERATION_BYTES))
         assert root.meet(SECONDS) == Meeting(1, (0, 1, 2))
-        while ranks[1]._meeting.generation < 1 or ranks[2]._meeting.generation < 1:
-            pass
+        until(lambda: all(rank._meeting.generation == 1 for rank in ranks.values()), "both to hear of the meeting", SECONDS)
         ranks[2]._line.socket.shutdown(socket.SHUT_RDWR)
-        while not ranks[1].ended(1):
-            pass
+        until(lambda: ranks[1].ended(1), "the end of the generation", SECONDS)
         assert ranks[1].meet(SECONDS) == Meeting(1, (0, 1, 2)) and ranks[1].ended(1)
         assert meet(root, ranks[1]) == [Meeting(2, (0, 1))] * 2
 
