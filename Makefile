@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 test: $(VENV)/.installed  ## all tests but those that need a cluster
-	$(BIN)/python -m pytest -m "not cluster" -n logical --maxprocesses 4 --dist loadfile tests
+	$(BIN)/python -m pytest -m "not cluster" -n logical --maxprocesses 4 --dist loadfile --max-worker-restart 1 tests
 
 # Open MPI 5 cannot share an environment with MPICH: it has its own, and finds all else in .venv
 FT := .venv-mpi-ft
