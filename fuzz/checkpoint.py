@@ -73,6 +73,10 @@ def damage(data: bytes, most: int, seed: int, mutate: Callable[[bytes, int], byt
     return mutate(data, most)
 
 
+def _extremes(dtype: torch.dtype) -> tuple[float, float, float]:
+    return float("nan"), float("inf"), torch.finfo(dtype).min
+
+
 def _others(tensors: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
     """Return valid tensors of which one has another name, shape, dtype or content, or is gone."""
     name = rng.choice(sorted(tensors) or ["offset"])
@@ -86,7 +90,7 @@ def _others(tensors: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]
         "scalar": {name: flat.sum()},
         "flat": {name: one.unsqueeze(0)},
         "typed": {name: one.to(rng.choice((torch.float64, torch.bfloat16, torch.int32, torch.bool)))},
-        "strange": {name: torch.full_like(one, rng.choice((float("nan"), float("inf"), -1e38))) if one.is_floating_point() else one},
+        "strange": {name: torch.full_like(one, rng.choice(_extremes(one.dtype))) if one.is_floating_point() else one},
     }
     return {key: tensor.contiguous().clone() for key, tensor in {**tensors, **changes[rng.choice(sorted(changes))]}.items()}
 
