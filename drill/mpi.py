@@ -20,7 +20,7 @@ from drill import sabotage
 from drill.one import CLIENTS, HEALING, PATIENCE, PATIENT, ROOT, SECONDS, SECRET, Drill, Fault, Outcome, away
 from drill.processes import alive
 from drill.ranks import Saboteur, pids, until
-from drill.sabotage import POINTS, ROOT_POINTS
+from drill.sabotage import POINTS, ROOT_POINTS, Deed
 
 SIZE = 3
 OTHER_SIZES = (1, 2)  # of the world that resumes
@@ -147,23 +147,12 @@ def requeue(drill: Drill) -> Outcome:
 
 def ulfm_kill(drill: Drill) -> Outcome:
     """A rank is killed: the others make a communicator without it, and the run goes on."""
-    victim, point = _victim(drill), drill.draw.choice(POINTS)
-    plots = {victim: partial(sabotage.at, point, drill.number, sabotage.kill, drill.mark)}
-    with _start(drill, plots, *HEALING, library=ULFM) as ranks:
-        noticed = drill.noticed(ranks, [f"rank {victim} is gone"])
-        _ended(ranks, 3)
-    return drill.outcome(f"kill rank {victim}, round {drill.number}, {point}", noticed, _without(victim, drill.number))
+    return _survived(drill, "kill", sabotage.kill, HEALING)
 
 
 def ulfm_stop(drill: Drill) -> Outcome:
     """A rank stands still: after ``comm.client_timeout`` it counts as dead, and the ranks on its machine kill it."""
-    victim, point = _victim(drill), drill.draw.choice(POINTS)
-    plots = {victim: partial(sabotage.at, point, drill.number, sabotage.stop, drill.mark)}
-    with _start(drill, plots, *PATIENT, library=ULFM) as ranks:
-        noticed = drill.noticed(ranks, [f"rank {victim} is gone"])
-        _ended(ranks, 3)
-    injected = f"stop rank {victim}, round {drill.number}, {point}"
-    return drill.outcome(injected, max(0.0, noticed - PATIENCE), _without(victim, drill.number))
+    return _survived(drill, "stop", sabotage.stop, PATIENT, PATIENCE)
 
 
 def lacking() -> str:
@@ -191,6 +180,16 @@ def _ends(drill: Drill, plots: Mapping[int, Plot], *words: str) -> float:
         assert ranks.wait(), "mpiexec says that all is well"
     assert drill.mark.exists(), "the fault did not come to pass"
     return drill.since() if noticed is None else noticed
+
+
+def _survived(drill: Drill, name: str, deed: Deed, settings: Sequence[str], patience: float = 0.0) -> Outcome:
+    """Play a run with ULFM that goes on without the rank to which ``deed`` is done; it counts as dead after ``patience`` seconds."""
+    victim, point = _victim(drill), drill.draw.choice(POINTS)
+    with _start(drill, {victim: partial(sabotage.at, point, drill.number, deed, drill.mark)}, *settings, library=ULFM) as ranks:
+        noticed = drill.noticed(ranks, [f"rank {victim} is gone"])
+        _ended(ranks, 3)
+    injected = f"{name} rank {victim}, round {drill.number}, {point}"
+    return drill.outcome(injected, max(0.0, noticed - patience), _without(victim, drill.number))
 
 
 def _resumed(drill: Drill, injected: str, noticed: float) -> Outcome:

@@ -1,8 +1,20 @@
-"""What drills and the tests' clusters need of the operating system: commands with a deadline, and who is still alive."""
+"""What drills and tests need of the operating system: commands with a deadline, waiting for a condition, and who is still alive."""
 
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+INTERVAL = 0.1  # seconds between two looks at a condition
+
+
+def until(condition: Callable[[], bool], what: str, timeout: float = 60, interval: float = INTERVAL) -> None:
+    """Return as soon as ``condition`` holds; raises ``TimeoutError`` after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout:g} s: {what}")
+        time.sleep(interval)
 
 
 def output(command: Sequence[str | Path], timeout: float = 60, **options: object) -> str:

@@ -7,13 +7,14 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
+
+from drill import processes
 
 Saboteur = Callable[[], None]
 STEP = 0.02  # seconds between two looks
@@ -28,11 +29,10 @@ def free_port() -> int:
 
 def until(condition: Callable[[], bool], seconds: float, what: str, log: Path) -> None:
     """Return as soon as ``condition`` holds; raises ``TimeoutError``, with the end of ``log``, after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:g} s for {what}\n{log.read_text(encoding='utf-8')[-4000:]}")
-        time.sleep(STEP)
+    try:
+        processes.until(condition, what, seconds, STEP)
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}\n{log.read_text(encoding='utf-8')[-4000:]}") from None
 
 
 class Job(Protocol):

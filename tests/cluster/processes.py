@@ -1,22 +1,10 @@
-"""What tests of clusters need of the operating system: waiting for a condition, and whose processes run."""
+"""What tests of clusters need of the operating system: whose processes run."""
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from drill.processes import alive
-
-INTERVAL = 0.1  # seconds between two looks at a condition
-
-
-def until(condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
-    """Return as soon as ``condition`` holds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {timeout:g} s: {what}")
-        time.sleep(INTERVAL)
 
 
 def having(variables: Mapping[str, str]) -> Iterator[int]:

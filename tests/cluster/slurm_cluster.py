@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from drill.processes import alive, output
-from tests.cluster.processes import having, until
+from drill.processes import alive, output, until
+from tests.cluster.processes import having
 
 TEND = 5  # seconds between two looks at nodes and jobs that SLURM has put aside
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from drill.network import Network
+from drill.processes import until
 from tests.cluster.conftest import REPOSITORY
-from tests.cluster.processes import until
 from tests.cluster.runs import adapter, lines, ranks
 
 pytestmark = pytest.mark.cluster

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from drill.processes import until
 from slora_dist.comm import line
 from slora_dist.comm.lifeline import GENERATION_BYTES, READY, Healing, Meeting, RankLifeline
 from slora_dist.comm.line import MAX_ACCOUNT, NONCE, Line, await_sign, call, take
 from slora_dist.comm.root_lifeline import RootLifeline
 from slora_dist.errors import ConfigError, RootGone, RunError
-from tests.cluster.processes import until
 
 SECRET, ACCOUNT, PATIENCE, SECONDS = b"secret", b"who I am", 30.0, 30.0
 SESSION = b"k" * 32
