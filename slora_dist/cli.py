@@ -20,7 +20,7 @@ from slora_dist.arguments import read
 from slora_dist.commands import out_folder
 from slora_dist.config import Config
 from slora_dist.disk import check_place, write
-from slora_dist.ending import Where, Witness, speak_when_ended
+from slora_dist.ending import Where, Witness, last_words, speak_when_ended
 from slora_dist.errors import ConfigError, RootGone, RunError
 from slora_dist.log import say
 from slora_dist.world import World, detect, launch
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace, world: World) -> int:
     config, out = _settings(options)
-    where = Where()
+    where = Where(folder=Path(out).absolute())
     witness = Witness(world.rank, where) if world.launcher != "alone" else None
     try:
         code = _play(config, out, options, world, where, witness)
@@ -102,7 +102,7 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
         if witness:
             witness.dismiss()
         where.finish()
-        _fail(communicator, f"{where}: {error}", error)
+        _fail(communicator, where, f"{where}: {error}", error)
     communicator.close()
     return 0 if complete else INCOMPLETE
 
@@ -131,9 +131,9 @@ def _healing(config: Config, options: argparse.Namespace) -> "Healing | None":
     return Healing(config.comm.client_timeout, known, admission.account(config), partial(admission.judge, config), options.join)
 
 
-def _fail(communicator: "Communicator", text: str, error: Exception) -> NoReturn:
+def _fail(communicator: "Communicator", where: Where, text: str, error: Exception) -> NoReturn:
     """Say what broke on this rank and end all ranks: none may wait for one that is gone."""
-    say(communicator.rank, f"failed in {text}")
+    last_words(communicator.rank, where, f"failed in {text}")
     if not isinstance(error, RunError):
         import traceback
 
@@ -191,7 +191,7 @@ def _doctor(options: argparse.Namespace, world: World) -> int:
         communicator.close()
         raise
     except Exception as error:
-        _fail(communicator, f"doctor: {error}", error)
+        _fail(communicator, Where(), f"doctor: {error}", error)
     communicator.close()
     if found:
         print(json.dumps(found, indent=1)) if options.json else show.doctor(found)

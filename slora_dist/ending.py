@@ -3,6 +3,9 @@
 A rank that fails says so itself. One that is killed cannot: a small process that it forked at its start, its witness, says it instead.
 The survivors, which their launcher then ends by SIGTERM, tell what they were doing. A job's time that is up comes as SIGTERM, too, or as
 SIGUSR1 where SLURM was asked for a warning (``--signal``).
+
+A launcher that ends a job does not always pass on what its ranks print then (srun drops what reaches it after a forced end): last words
+stand in the run folder, too, a file for each rank.
 """
 
 import mmap
@@ -18,6 +21,7 @@ from typing import Any, NoReturn
 
 from slora_dist.log import say
 
+LAST_WORDS = "ended-{rank}.log"  # in the run folder, where a resumed run adds to it
 LEAVE = (signal.SIGTERM, signal.SIGUSR1)  # leave now; the exit code is 128 + the signal's number, as a shell has it
 PAGE = 256  # bytes of a place in words
 
@@ -29,6 +33,7 @@ class Where:
     phase: str = "start"
     round: int = 0
     operation: str = "preparation"
+    folder: Path | None = None  # of the run: last words are written there, too
     page: mmap.mmap | None = None
     finish: Callable[[], None] = lambda: None  # what must be done before this process may end: the checkpoint that is being written
 
@@ -42,6 +47,14 @@ class Where:
         return f"phase {self.phase}, round {self.round}, {self.operation}"
 
 
+def last_words(rank: int, where: Where, text: str) -> None:
+    """Print one line, and add it to ``LAST_WORDS`` in the run folder where that can be done."""
+    say(rank, text)
+    if where.folder and where.folder.is_dir():
+        with suppress(OSError), (where.folder / LAST_WORDS.format(rank=rank)).open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
+
 class Witness:
     """A process that outlives this one by a moment, and says where it was if it died without a word."""
 
@@ -50,7 +63,7 @@ class Witness:
         where.page = mmap.mmap(-1, PAGE)
         reader, self._writer = os.pipe()
         if os.fork() == 0:
-            _testify(rank, where.page, reader)
+            _testify(rank, where, where.page, reader)
         os.close(reader)
 
     def dismiss(self) -> None:
@@ -73,14 +86,14 @@ def speak_when_ended(rank: int, where: Where, witness: Witness | None) -> None:
         if witness:
             witness.dismiss()
             cause = ": another rank may have died, or the job's time is up"
-        say(rank, f"ended by {number.name} in {where}{cause}; --resume goes on")
+        last_words(rank, where, f"ended by {number.name} in {where}{cause}; --resume goes on")
         where.finish()
         os._exit(128 + number)
 
     threading.Thread(target=wait, name="ending", daemon=True).start()
 
 
-def _testify(rank: int, page: mmap.mmap, reader: int) -> NoReturn:
+def _testify(rank: int, where: Where, page: mmap.mmap, reader: int) -> NoReturn:
     """Wait for the rank's end: its pipe closes when it is gone, whatever killed it."""
     os.setsid()  # a signal for the rank's group is not for its witness
     for number in (*LEAVE, signal.SIGINT, signal.SIGHUP):
@@ -91,6 +104,6 @@ def _testify(rank: int, page: mmap.mmap, reader: int) -> NoReturn:
             with suppress(OSError):  # the listing's own is gone already
                 os.close(fd)
     if not os.read(reader, 1):
-        say(rank, f"died in {page[:PAGE].decode(errors='replace').strip()}: killed, or out of memory?")
+        last_words(rank, where, f"died in {page[:PAGE].decode(errors='replace').strip()}: killed, or out of memory?")
     sys.stderr.flush()
     os._exit(0)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from slora_dist.ending import LAST_WORDS
 from tests.tiny import ROOT, SHORT, TINY, run, same
 
 # The main thread blocks in a lock that only C code could release, as it does inside a transport.
 _RANK = """
 import sys, threading
+from pathlib import Path
 from slora_dist.ending import Where, Witness, speak_when_ended
-where = Where(finish=lambda: print("finished", flush=True))
+where = Where(folder=Path(sys.argv[1]), finish=lambda: print("finished", flush=True))
 witness = Witness(3, where)
 speak_when_ended(3, where, witness)
 where.phase, where.round, where.operation = "sparse", 5, "gather"
@@ -32,14 +34,15 @@ lock.acquire()
         (signal.SIGKILL, -9, "slora-dist [rank 3] died in phase sparse, round 5, gather:"),
     ],
 )
-def test_a_rank_that_is_ended_leaves_one_line(number: signal.Signals, code: int, line: str) -> None:
-    rank = subprocess.Popen([sys.executable, "-c", _RANK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_rank_that_is_ended_leaves_one_line(number: signal.Signals, code: int, line: str, tmp_path: Path) -> None:
+    rank = subprocess.Popen([sys.executable, "-c", _RANK, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert rank.stdout and rank.stdout.readline() == "ready\n"
     rank.send_signal(number)
     printed, words = rank.communicate(timeout=60)  # ends when the witness, too, has closed the pipe
     assert rank.returncode == code
     assert printed == ("" if number == signal.SIGKILL else "finished\n"), "what is being written is finished first"
     assert words.startswith(line) and words.count("\n") == 1
+    assert (tmp_path / LAST_WORDS.format(rank=3)).read_text() == words.removeprefix("slora-dist [rank 3] ")
 
 
 def test_a_rank_that_ends_by_itself_has_a_silent_witness() -> None:
