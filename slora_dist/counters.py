@@ -7,6 +7,7 @@ and where a file cannot be read, there is nothing to tell.
 
 import os
 import socket
+import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,28 +25,27 @@ def connections() -> dict[str, Counts]:
     found = {}
     for descriptor in _descriptors():
         try:
-            name = str(descriptor.readlink())
-            if name.startswith("socket:"):
-                counts = _connection(int(descriptor.name))
-                if counts:
-                    found[name] = counts
+            about = os.fstat(descriptor)
+            if stat.S_ISSOCK(about.st_mode) and (counts := _connection(descriptor)):
+                found[f"socket:[{about.st_ino}]"] = counts
         except OSError:  # closed meanwhile, or not of a kind that has such counters
             continue
     return found
 
 
-def _descriptors() -> list[Path]:
+def _descriptors() -> list[int]:
     try:
-        return list(Path("/proc/self/fd").iterdir())
+        return [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
         return []
 
 
 def _connection(descriptor: int) -> Counts | None:
-    with socket.socket(fileno=os.dup(descriptor)) as twin:
-        if twin.type != socket.SOCK_STREAM or twin.family not in (socket.AF_INET, socket.AF_INET6):
-            return None
-        info = twin.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    lent = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, descriptor)  # if it is no TCP, the kernel will say so
+    try:
+        info = lent.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    finally:
+        lent.detach()  # another's descriptor stays open
     if len(info) < _AT + _ACKED_RECEIVED_SEGMENTS.size:
         return None
     return dict(zip(_NAMES, _ACKED_RECEIVED_SEGMENTS.unpack_from(info, _AT), strict=True))

@@ -91,7 +91,7 @@ def _phase(config: Config, name: str, exchange: Exchange, handover: int) -> dict
         "phase": name,
         "rounds": exchange.rounds,
         "trainable": exchange.coordinates.numel,
-        "trainable_by_kind": exchange.coordinates.counts(),
+        "trainable_by_kind": dict(exchange.coordinates.counts()),
         "message_bytes": {
             "up": first.up.nbytes,
             "down": faithful[0][1],

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from slora_dist.config import Config
 from slora_dist.data.permutation import permutation
@@ -55,8 +56,14 @@ def present(config: Config, number: int, size: int, members: Sequence[int]) -> l
 
 def sample(config: Config, number: int, gone: Collection[int] = ()) -> tuple[int, ...]:
     """Return the clients of round ``number`` (from 1), ascending: K of N without those who are ``gone``, uniform, without replacement."""
-    order = permutation(config.clients.count, derive(config.run.seed, "sample", number))
-    return tuple(sorted([int(client) for client in order if client not in gone][: config.sampled]))
+    order = _order(config.clients.count, derive(config.run.seed, "sample", number))
+    return tuple(sorted([client for client in order if client not in gone][: config.sampled]))
+
+
+@lru_cache(maxsize=2)  # a round is planned, and its messages are: each asks for the sample
+def _order(count: int, seed: int) -> list[int]:
+    order: list[int] = permutation(count, seed).tolist()
+    return order
 
 
 def plan_round(config: Config, number: int, size: int, examples: Sequence[int] | None, members: Sequence[int] | None = None) -> RoundPlan:

@@ -53,7 +53,7 @@ def training(net: nn.Module, support: Support) -> Iterator[Leaves]:
     leaves, own = Leaves(), dict[nn.Module, Forward]()
     with ExitStack() as stack:
         for slot in support.slots:
-            parameter = net.get_parameter(slot.name)
+            parameter = slot.of(net)
             if slot.index is None:
                 leaves.tensors.append(parameter)
                 continue

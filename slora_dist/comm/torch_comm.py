@@ -34,13 +34,13 @@ NCCL_PATIENCE = timedelta(days=365)  # nccl's watchdog may end the process: the 
 
 @dataclass(frozen=True)
 class _Transfer:
-    """Works under way with ``peer`` since ``posted``. ``staged_b`` keeps their memory alive, ``target_b`` is where a receive's bytes go."""
+    """A transfer under way with ``peer`` since ``posted``. ``staged_b`` keeps its memory alive, ``target_b`` is where a receive's bytes go."""
 
     rank: int
     peer: int
     seconds: float
     posted: float
-    works: list[dist.Work]
+    work: dist.Work
     staged_b: Tensor
     target_b: Tensor
     await_: Callable[[Callable[[], object]], None]
@@ -48,8 +48,7 @@ class _Transfer:
     def wait(self) -> None:
         past = time.monotonic() - self.posted if self.staged_b.is_cuda else 0.0  # nccl's clock runs since the posting, gloo's since now
         with failing(self.rank, "gather", self.peer):
-            for work in self.works:
-                self.await_(partial(work.wait, timedelta(seconds=past + self.seconds)))
+            self.await_(partial(self.work.wait, timedelta(seconds=past + self.seconds)))
         if self.target_b is not self.staged_b:
             self.target_b.copy_(self.staged_b)
 
@@ -170,9 +169,10 @@ class TorchComm:
 
     def _transfer(self, op: Callable[..., Any], staged_b: Tensor, target_b: Tensor, peer: int, seconds: float) -> _Transfer:
         posted = time.monotonic()
-        with failing(self.rank, "gather", peer):  # batched even though it is one: unbatched, nccl opens a communicator per pair of ranks
-            works = dist.batch_isend_irecv([dist.P2POp(op, staged_b, self.members.index(peer))])
-        return _Transfer(self.rank, peer, seconds, posted, works, staged_b, target_b, self._await)
+        place = self.members.index(peer)
+        with failing(self.rank, "gather", peer):  # on its own, nccl opens a communicator per pair of ranks: there it is a batch of one
+            (work,) = [op(staged_b, place)] if self.name == "gloo" else dist.batch_isend_irecv([dist.P2POp(op, staged_b, place)])
+        return _Transfer(self.rank, peer, seconds, posted, work, staged_b, target_b, self._await)
 
     def _collective(self, op: str, values: Tensor, start: Callable[[Tensor], dist.Work | None]) -> None:
         with failing(self.rank, op), staged(values, self.device) as tensor:

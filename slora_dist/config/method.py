@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from slora_dist.errors import ConfigError
 from slora_dist.section import NonNegative, Positive, Real, Section, explain
 
+ALL: tuple[Fraction, ...] = (Fraction(1),)
 Rule = Literal["fedavg", "ffa", "rolora", "fedex", "stack", "svd", "fedsvd", "fair"]
 
 
@@ -21,7 +22,7 @@ class Phase(Section):
     @property
     def portions(self) -> tuple[Fraction, ...]:
         """The shares of every factor's rank that clients have, dealt to them in turn: all of it."""
-        return (Fraction(1),)
+        return ALL
 
     def portion(self, client: int) -> Fraction:
         """Return the share of every factor's rank that ``client`` has."""
