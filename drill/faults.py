@@ -30,6 +30,12 @@ def kill_masked(drill: Drill) -> Outcome:
     return kill(drill, "comm.sum=exact", "comm.secure=true", collective, points=("upload",), planned=("comm.sum=exact",))
 
 
+def kill_chooser(drill: Drill) -> Outcome:
+    """A client that has helped to choose the mask is gone in the first round, when all have sent: the others choose and train anew."""
+    drill.number = 1
+    return kill(drill, "method.sparse.mask=gradient", points=("ledger",))
+
+
 def kill_two(drill: Drill) -> Outcome:
     """Two die, at the same or at different times."""
     other = drill.victim % (RANKS - 1) + 1
@@ -222,6 +228,7 @@ FAULTS: dict[str, Fault] = {
 }
 ON_DEMAND: dict[str, Fault] = {  # played only where they are named
     "kill, masked": kill_masked,
+    "kill, chooser": kill_chooser,
     "suspend": suspend,
     "stop rank 0": stop_root,
     "replace, sealed": _with(replace, "comm.encrypt=true"),

@@ -24,6 +24,11 @@ def test_masks_of_a_client_that_dies_after_the_keys_were_exchanged_leave_no_trac
 
 
 @pytest.mark.launcher
+def test_a_mask_that_is_chosen_without_a_client_is_trained_with_from_the_start() -> None:
+    drilled("1", "--only", "kill, chooser")
+
+
+@pytest.mark.launcher
 def test_a_base_that_takes_something_over_is_the_same_for_those_who_are_left_and_so_is_its_account() -> None:
     """Residuals kept in the base, rules fedex and stack: each loses a rank in its low-rank phase, and passes its audit."""
     drilled("3", "--only", "kill, keep", "kill, fedex", "kill, stack", "--first", "15")

@@ -1,6 +1,7 @@
 """What ranks do when one of them dies: form a new group, go back to the last finished round, and play the next one with those who are left.
 
-It is a resumption within the process. Nothing is trained twice: a client's update of the round that broke is kept, and sent again.
+It is a resumption within the process. Nothing is trained twice: a client's update of the round that broke is kept, and sent again,
+unless the phase begins anew with another mask.
 """
 
 from slora_dist.comm.mpi_comm import MpiComm

@@ -44,7 +44,7 @@ class Session:
         self.clocks: dict[int, float] = {}  # rank 0: what each rank's monotonic clock lacks to Unix time
         self.clock_error = 0.0  # seconds by which they may be wrong
         self._finished: dict[int, tuple[Header, Tensor]] = {}  # updates of the round in hand, should it have to be played again
-        self._finished_in = 0
+        self._finished_in = 0, b""  # that round, and the mask that its phase has
         self._last: Stage | None = None
         self._unjudged: dict[str, Any] | None = None  # rank 0: the last round's record, while its score is to come in the next one
 
@@ -206,9 +206,13 @@ class Session:
         return (upload.reduce if stage.collective == "reduce" else upload.gather)(self.comm, job, updates)
 
     def _updates(self, stage: Stage, number: int, clients: list[int]) -> Iterator[tuple[Header, Tensor]]:
-        """Yield what each client sends, trained when it is asked for; where ranks heal, what was finished before a round broke stands."""
-        if self._finished_in != number:
-            self._finished, self._finished_in = {}, number
+        """Yield what each client sends, trained when it is asked for; where ranks heal, what was finished before a round broke stands.
+
+        It does not where the phase has begun anew and its mask was chosen by those who are left: the coordinates are others then.
+        """
+        within = number, b"" if stage.mask_B is None else stage.mask_B.numpy().tobytes()
+        if self._finished_in != within:
+            self._finished, self._finished_in = {}, within
         for client in clients:
             sent = self._finished[client] if client in self._finished else training.update(self.seat, stage, number, client)
             if self.seat.group:
