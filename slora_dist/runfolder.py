@@ -110,7 +110,7 @@ class RunFolder:
             sync(base)  # before the one before is deleted: after a power failure one of the two is named, and there
         for old in (path for pattern in ("round-*", ".round-*.part") for path in base.glob(pattern)):
             if old.name != name:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # what cannot be deleted yet is found again at the next checkpoint
 
     def save_behind(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint while the caller goes on, once the one before is written; ``wait`` says when it is, and raises what failed."""
@@ -147,7 +147,8 @@ class RunFolder:
             if not _is_state(values):
                 raise ValueError("no state of a run")
             path = path.with_name("state.safetensors")
-            checkpoint = Checkpoint(load_file(path), values)
+            tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}  # those map the file, which NFS keeps for them
+            checkpoint = Checkpoint(tensors, values)
             path = path.with_name(CHECKSUM)
             if path.exists() and path.read_text(encoding="utf-8") != checksum(path.parent):  # those of earlier versions have none
                 raise ValueError("the files beside it are not those that were written")

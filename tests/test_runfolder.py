@@ -1,5 +1,6 @@
 """The run folder survives a stop at any moment."""
 
+import errno
 import json
 import os
 import resource
@@ -297,3 +298,20 @@ def test_leftovers_of_a_half_written_checkpoint_go_with_the_next_one(folder: Run
     assert folder.latest() is None
     folder.save(checkpoint(1))
     assert sorted(path.name for path in base.iterdir()) == ["latest", "round-00001"] and state(folder) == 1
+
+
+def test_a_checkpoint_that_was_read_holds_no_file(folder: RunFolder) -> None:
+    """NFS keeps a deleted file under another name as long as a process maps it, and its folder with it."""
+    folder.save(checkpoint(1))
+    found = folder.latest()
+    assert found and str(folder.path) not in Path("/proc/self/maps").read_text()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_yet_goes_with_the_next_one(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.save(checkpoint(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOTEMPTY, "a file that NFS keeps")))
+        folder.save(checkpoint(2))
+    assert state(folder) == 2 and (folder.path / "checkpoint" / "round-00001").exists()
+    folder.save(checkpoint(3))
+    assert sorted(path.name for path in (folder.path / "checkpoint").iterdir()) == ["latest", "round-00003"]
