@@ -4,7 +4,7 @@
 #   RANKS  ranks (1)     PORT  where they meet on this machine (29400)
 #   The ranks prove to each other that they hold one secret, made here unless SLORA_DIST_SECRET or SLORA_DIST_SECRET_FILE is set:
 #   set it where a rank is to come back.
-# A rank R that has died can come back:  RANK=R WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29400 \
+# A rank R that has died can come back, with the same secret:  RANK=R WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29400 \
 #                                            python -m slora_dist train CONFIG.yaml ... --out RUN --join
 #   GRACE  seconds (20) that the others may take to end after rank 0, and rank 0 after all others where it stands still, as they have found
 #          (exit code 4) or as the kernel says. Whoever has not ended then is killed.

@@ -68,7 +68,7 @@ def test_other_documents_are_named() -> None:
     assert error.setting == "data.path" and "other documents" in error.problem
 
 
-@pytest.mark.parametrize("told", [b"", b"[]", b"null", b"\xff", b"{}", json.dumps({"weights": 1}).encode()])
+@pytest.mark.parametrize("told", [b"", b"[]", b"null", b"\xff", b"{}", b"[" * 60_000, json.dumps({"weights": 1}).encode()])
 def test_what_cannot_be_read_is_refused(told: bytes) -> None:
     config = tiny(*MAGNITUDE)
     assert compare(held(config, *loaded(config)), 3, told)

@@ -15,8 +15,9 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
-from math import ceil
+from math import ceil, inf
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -24,7 +25,7 @@ from slora_dist.errors import ConfigError, RunError
 from slora_dist.secret import holds, proof
 
 NONCE = 32  # bytes of a nonce and of a proof
-HANDSHAKE_SECONDS = 20.0  # that the other side may take for one step of the handshake
+HANDSHAKE_SECONDS = 20.0  # that the other side may take for one step of the handshake, and three times as long for all of it
 FRAME_SECONDS = 10.0  # that a frame may take once its first byte is here
 LISTEN = 0.5  # seconds of listening at a time
 MAX_BODY = 1 << 20
@@ -88,10 +89,12 @@ def await_sign(connection: socket.socket, seconds: float) -> None:
     raise TimeoutError
 
 
-def take(connection: socket.socket, size: int) -> bytes:
-    """Read exactly ``size`` bytes; raises ``ConnectionError`` at the end of the stream."""
+def take(connection: socket.socket, size: int, deadline: float = inf) -> bytes:
+    """Read exactly ``size`` bytes; raises ``ConnectionError`` at the end of the stream, ``TimeoutError`` after ``deadline`` (monotonic)."""
     parts = bytearray()
     while len(parts) < size:
+        if time.monotonic() > deadline:
+            raise TimeoutError("it takes too long to introduce itself")
         part = connection.recv(size - len(parts))
         if not part:
             raise ConnectionError("connection closed")
@@ -109,7 +112,10 @@ def call(connection: socket.socket, secret: bytes, account: bytes, rank: int, jo
     theirs, mine = take(connection, NONCE), secrets.token_bytes(NONCE)
     hello = _HELLO.pack(rank, joins, len(account))
     connection.sendall(hello + mine + account + proof(secret, b"rank", theirs, mine, hello, account))
-    proven, head = take(connection, NONCE), take(connection, _ANSWER.size)
+    try:
+        proven, head = take(connection, NONCE), take(connection, _ANSWER.size)
+    except ConnectionError as error:
+        raise RunError(f"rank {rank}: rank 0 closed the connection: does this rank hold the job's secret? ({error})") from error
     refused, size = _ANSWER.unpack(head)
     told = take(connection, size) if size <= MAX_ACCOUNT else b""
     if not holds(proven, secret, b"root", mine, theirs, head, told):
@@ -128,13 +134,13 @@ def answer(connection: socket.socket, secret: bytes, size: int, judge: Judge) ->
     rank may not take part; who holds the secret is told.
     """
     connection.settimeout(HANDSHAKE_SECONDS)
-    mine = secrets.token_bytes(NONCE)
+    mine, deadline = secrets.token_bytes(NONCE), time.monotonic() + 3 * HANDSHAKE_SECONDS
     connection.sendall(mine)
-    hello, theirs = take(connection, _HELLO.size), take(connection, NONCE)
+    hello, theirs = take(connection, _HELLO.size, deadline), take(connection, NONCE, deadline)
     rank, joins, length = _HELLO.unpack(hello)
     if length > MAX_ACCOUNT:
         raise RunError(f"it announces {length} bytes, allowed are {MAX_ACCOUNT}")
-    account, proven = take(connection, length), take(connection, NONCE)
+    account, proven = take(connection, length, deadline), take(connection, NONCE, deadline)
     if not holds(proven, secret, b"rank", mine, theirs, hello, account):
         raise RunError("it does not hold the job's secret")
     if not 0 < rank < size:

@@ -11,6 +11,8 @@ from slora_dist.comm.line import Line, answer, await_sign, reason_of
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.log import say
 
+PENDING = 256  # ranks that may introduce themselves at the same time: the system lets others wait
+
 
 class RootLifeline:
     """Rank 0's end: it watches all others. ``on_over(generation)`` is called, in a thread of its own, when one ends."""
@@ -31,7 +33,7 @@ class RootLifeline:
         self._change = threading.Condition()
         self._over = False  # whether the present generation is
         self._closed = False
-        self._listener = listener
+        self._listener, self._pending = listener, threading.BoundedSemaphore(PENDING)
         self.port: int = self._listener.getsockname()[1]
         for name, task in (("lifeline", self._listen), ("heartbeat", self._beat)):
             threading.Thread(target=task, name=name, daemon=True).start()
@@ -124,10 +126,15 @@ class RootLifeline:
 
     def _listen(self) -> None:
         while True:
+            self._pending.acquire()
             try:
                 connection, address = self._listener.accept()
-            except OSError:  # closed: the run has ended
-                return
+            except OSError:  # closed, as the run has ended; or no descriptor is left, or who called has gone
+                self._pending.release()
+                if self._closed:
+                    return
+                time.sleep(BEAT)
+                continue
             threading.Thread(target=self._answer, args=(connection, address[0]), daemon=True).start()
 
     def _answer(self, connection: socket.socket, address: str) -> None:
@@ -138,6 +145,8 @@ class RootLifeline:
             say(0, f"refused a connection from {address}: {error}")
             connection.close()
             return
+        finally:
+            self._pending.release()
         with self._change:
             if rank in self._lines:
                 say(0, f"refused a connection from {address}: rank {rank} is here already")
@@ -178,10 +187,11 @@ class RootLifeline:
             reason = f"silent for {self.patience:g} s"
         except (OSError, RunError, ValueError) as error:  # ValueError: a line that was closed here
             reason = str(error) if isinstance(error, RunError) else reason
-        with self._change:
-            if self._lines.get(rank) is line and not self._closed:
-                self._lose(rank, reason)
-        line.close()
+        finally:
+            with self._change:
+                if self._lines.get(rank) is line and not self._closed:
+                    self._lose(rank, reason)
+            line.close()
 
     def _ready(self, rank: int, line: Line, body: bytes) -> None:
         """Note that a rank is ready for the next generation, unless it joins and has loaded something else."""

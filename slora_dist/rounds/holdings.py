@@ -35,7 +35,7 @@ def compare(own: bytes, rank: int, theirs: bytes) -> ConfigError | None:
     try:
         told = json.loads(theirs)
         differing = [part for part, digest in json.loads(own).items() if told.get(part) != digest]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):  # brackets without end
         return ConfigError("--join", f"rank {rank} tells of what it has loaded what cannot be read", "the same version on every rank")
     if not differing:
         return None

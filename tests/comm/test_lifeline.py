@@ -1,5 +1,6 @@
 """The lifeline: who is let in, who counts as gone, and how the others meet again. All ends are in this process."""
 
+import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from drill.processes import until
-from slora_dist.comm import line
+from slora_dist.comm import line, root_lifeline
 from slora_dist.comm.lifeline import GENERATION_BYTES, READY, Healing, Meeting, RankLifeline
 from slora_dist.comm.line import MAX_ACCOUNT, NONCE, Line, await_sign, call, take
 from slora_dist.comm.root_lifeline import RootLifeline
@@ -106,7 +107,7 @@ def test_a_new_rank_takes_the_place_of_a_dead_one() -> None:
         assert over.wait(SECONDS)
         assert meet(root, ranks[2]) == [Meeting(1, (0, 2))] * 2 and root.newcomers() == []
         travelled: list[bytes] = []
-        patch.setattr(line, "take", lambda connection, size: travelled.append(take(connection, size)) or travelled[-1])
+        patch.setattr(line, "take", lambda connection, *size: travelled.append(take(connection, *size)) or travelled[-1])
         ranks[1] = RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
         assert ranks[1].session == SESSION and ranks[2].session == b"", "a newcomer has not been at the admission, where the key is made"
         assert ACCOUNT in travelled and not any(SESSION in part for part in travelled), "the key is sealed"
@@ -253,6 +254,41 @@ def test_strangers_are_refused_and_the_job_waits_on(own: Healing, rank: int, rea
     assert meet(root, member)[0].members == (0, 1)
     member.close()
     root.close()
+
+
+def test_a_call_that_cannot_be_taken_ends_no_listening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than may be pending at a time: each gives its place back."""
+    monkeypatch.setattr(root_lifeline, "PENDING", 2)
+    monkeypatch.setattr(root_lifeline, "BEAT", 0.01)
+
+    class Crowded(socket.socket):
+        left = 3
+
+        def accept(self) -> tuple[socket.socket, object]:
+            self.left -= 1
+            if self.left >= 0:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    listener = socket.create_server((HOST, 0))
+    root = RootLifeline(Crowded(fileno=listener.detach()), 2, healing())
+    for _ in range(3):
+        with pytest.raises(RunError, match="rank 1: rank 0 closed the connection: does this rank hold the job's secret"):
+            RankLifeline(HOST, root.port, 1, healing(secret=b"guessed"), SECONDS)
+    member = RankLifeline(HOST, root.port, 1, healing(), SECONDS)
+    assert meet(root, member)[0].members == (0, 1)
+    member.close()
+    root.close()
+
+
+def test_a_rank_that_breaks_what_hears_it_is_gone_and_another_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with world(3) as (root, ranks):
+        meet(root, *ranks.values())
+        monkeypatch.setattr(root, "_ready", lambda *_: (_ for _ in ()).throw(RecursionError))
+        ranks[1]._line.send(READY)
+        until(lambda: 1 not in root._lines, "rank 1 to be gone", SECONDS)
+        assert [loss.rank for loss in root.losses] == [1]
 
 
 def test_a_newcomer_is_told_why_it_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
