@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slora_dist.dropout import quick
+
 Forward = Callable[[Tensor], Tensor]
 _CPUS = Path("/proc/cpuinfo")
 CONVOLVES = _CPUS.exists() and "AuthenticAMD" in _CPUS.read_text(encoding="utf-8", errors="replace")
@@ -46,13 +48,17 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 @contextmanager
 def fast(net: nn.Module, own: Mapping[nn.Module, Forward] | None = None) -> Iterator[None]:
-    """Let the plain linear layers of ``net`` compute by ``linear``, and the modules of ``own`` by the function given, until it is left."""
+    """Let the plain linear layers of ``net`` compute by ``linear``, and the modules of ``own`` by the function given, until it is left.
+
+    Dropout comes from ``dropout.py`` meanwhile.
+    """
     forwards: dict[nn.Module, Forward] = {module: partial(_forward, module) for module in net.modules() if type(module) is nn.Linear}
     forwards |= own or {}
     for module, forward in forwards.items():
         module.forward = forward
     try:
-        yield
+        with quick():
+            yield
     finally:
         for module in forwards:
             del module.forward

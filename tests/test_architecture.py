@@ -12,7 +12,7 @@ from tests.tiny import ROOT
 
 LEVELS = (
     "config ending errors log memory secret section seeding settings world",
-    "codec completion counters disk fixed formats journal ledger linear links masks secure sparse support svd topk wire",
+    "codec completion counters disk dropout fixed formats journal ledger linear links masks secure sparse support svd topk wire",
     "comm",
     "aggregate data",
     "model network privacy roundplan",
