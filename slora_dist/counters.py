@@ -35,7 +35,8 @@ def connections() -> dict[str, Counts]:
 
 def _descriptors() -> list[int]:
     try:
-        return [int(name) for name in os.listdir("/proc/self/fd")]
+        with os.scandir("/proc/self/fd") as found:
+            return [int(entry.name) for entry in found]
     except OSError:
         return []
 

@@ -32,8 +32,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 @contextmanager
 def quick() -> Iterator[None]:
     """Let every model drop in this way, until it is left: dropout layers and attention look the function up where torch has it."""
-    functional.dropout = dropout
+    before, functional.dropout = functional.dropout, dropout
     try:
         yield
     finally:
-        functional.dropout = _usual
+        functional.dropout = before

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slora_dist import methods, sparse
 from slora_dist.client import Recipe, train
 from slora_dist.config import ClientsConfig, MethodConfig, SparsePhase
+from slora_dist.dropout import quick
 from slora_dist.masks import Pattern
 from slora_dist.model import TaskModel
 from slora_dist.support import Slot, Support
@@ -50,9 +51,10 @@ def kept_gradients(net: nn.Module, coordinates: Support, bfloat16: bool = False)
 
 
 def whole_gradients(net: nn.Module, coordinates: Support, bfloat16: bool = False) -> list[Tensor]:
-    """The same by plain torch: whole gradients, masked afterwards."""
+    """The same by plain torch: whole gradients, masked afterwards; only what is dropped must be the same."""
     net = copy.deepcopy(net)
-    backward(net, bfloat16)
+    with quick():
+        backward(net, bfloat16)
     whole = ((slot, net.get_parameter(slot.name).grad) for slot in coordinates.slots)
     return [torch.zeros(slot.count) if grad is None else slot.take(grad) for slot, grad in whole]
 

@@ -34,7 +34,7 @@ NCCL_PATIENCE = timedelta(days=365)  # nccl's watchdog may end the process: the 
 
 @dataclass(frozen=True)
 class _Transfer:
-    """A transfer under way with ``peer`` since ``posted``. ``staged_b`` keeps its memory alive, ``target_b`` is where a receive's bytes go."""
+    """A transfer with ``peer`` since ``posted``. ``staged_b`` keeps its memory alive, ``target_b`` is where a receive's bytes go."""
 
     rank: int
     peer: int
