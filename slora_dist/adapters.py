@@ -1,10 +1,11 @@
 """What a run leaves in ``RUN/adapter``, loaded again: LoRA factors by peft, deltas and bottleneck adapters here.
 
-The folder has ``slora_dist.json`` (task, the base that it stands on, the last phase, class names, the head's modules), the tokenizer, and
-one of
+The folder has ``slora_dist.json`` (task, the base that it stands on, the last phase, class names, the head's modules, the token that pads),
+the tokenizer, and one of
 
 - peft's ``adapter_config.json`` and ``adapter_model.safetensors`` (low-rank phases);
-- ``delta.safetensors``: ``NAME.values`` to be added to a parameter, at ``NAME.index`` where not all of it moved (sparse, dense, BitFit);
+- ``delta.safetensors``: ``NAME.values`` to be added to a parameter, at ``NAME.index`` where not all of it moved (sparse, dense, BitFit),
+  and the parameters ``NAME`` of the head as they are: the base may be a checkpoint without a head;
 - ``bottleneck.safetensors``: the values of the adapters, the head and whatever else has trained (Houlsby, Pfeiffer).
 """
 
@@ -60,7 +61,9 @@ def base(folder: Path) -> Any:
     labels = {int(at): name for at, name in about["id2label"].items()}
     source = folder / "base" if (folder / "base").exists() else about["base"]
     classes = {"id2label": labels, "label2id": {name: at for at, name in labels.items()}} if about["task"] == "classification" else {}
-    return KINDS[about["task"]].from_pretrained(source, use_safetensors=True, **classes)
+    net = KINDS[about["task"]].from_pretrained(source, use_safetensors=True, dtype=torch.float32, **classes)
+    net.config.pad_token_id = about.get("pad", net.config.pad_token_id)  # afterwards: what is built by it is the checkpoint's
+    return net
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -71,10 +74,11 @@ def _about(folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def _add_delta(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, parameter in net.named_parameters():
-        values = tensors.get(f"{name}.values")
-        if values is not None:
+        if name in tensors:
+            parameter.copy_(tensors[name])
+        elif f"{name}.values" in tensors:
             index = tensors.get(f"{name}.index", torch.arange(parameter.numel()))
-            parameter.view(-1).index_add_(0, index.long(), values)
+            parameter.view(-1).index_add_(0, index.long(), tensors[f"{name}.values"])
 
 
 @torch.no_grad()

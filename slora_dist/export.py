@@ -1,13 +1,13 @@
 """What comes out of a run, in the formats that others load: a PEFT adapter, or a plain transformers model; bottleneck adapters are our own.
 
-An adapter stands on a base. When the base is not what a folder or hub name holds bit for bit (random weights, a kept residual), it is
-saved beside the adapter. Phases that move the base's own weights (sparse, dense, BitFit) leave a delta: the changed entries and their
-values. ``adapters.py`` loads all of them again.
+An adapter stands on a base. When the base is not what a folder or hub name holds bit for bit (random weights, a kept residual, a head that
+peft cannot tell from its targets), it is saved beside the adapter. Phases that move the base's own weights (sparse, dense, BitFit) leave a
+delta: by how much the changed entries have moved, and the head as it is. ``adapters.py`` loads all of them again.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,13 @@ def write(result: Result, folder: Path) -> None:
     delta = {name: tensor.cpu() for name, tensor in result.coordinates.densify(result.offset_N.cpu()).items()}
     is_bottleneck = isinstance(result.phase, HoulsbyPhase | PfeifferPhase)
     if is_bottleneck:
-        save_file({name: net.get_parameter(name).detach().cpu() + tensor for name, tensor in delta.items()}, folder / BOTTLENECK)
+        save_file(_moved(net, delta, delta), folder / BOTTLENECK)
     methods.remove_adapters(net)
-    if source is None or result.base_changed:
+    folded = isinstance(result.phase, LowrankPhase) and not _head_settings(result.classifier)
+    if folded:
+        for name in head_parameters(result.classifier):
+            _assign(net, name, net.get_parameter(name).detach().cpu() + delta.pop(name))
+    if source is None or result.base_changed or folded:
         net.save_pretrained(folder / "base")  # type: ignore[operator]
         source = str((folder / "base").resolve())
     result.tokenizer.save_pretrained(folder)
@@ -59,13 +63,14 @@ def write(result: Result, folder: Path) -> None:
         "base": source,
         "phase": result.phase.model_dump(),
         "head": result.classifier.head,
+        "pad": net.config.pad_token_id,  # type: ignore[union-attr]
     }
     about["id2label"] = net.config.id2label  # type: ignore[union-attr]
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if isinstance(result.phase, LowrankPhase):
         _write_lora(result.phase, result.classifier, delta, source, folder)
     elif not is_bottleneck:
-        _write_delta(result, folder)
+        _write_delta(result, delta, folder)
 
 
 def export(adapter: Path, destination: Path, merge: bool) -> None:
@@ -97,20 +102,31 @@ def _make(destination: Path) -> None:
 
 
 def _write_lora(phase: LowrankPhase, classifier: TaskModel, delta: Mapping[str, Tensor], source: str, folder: Path) -> None:
-    config = LoraConfig(
-        task_type=TASKS[classifier.task],
-        base_model_name_or_path=source,
-        inference_mode=True,
-        modules_to_save=list(classifier.head) or None,
-        **methods.lora_settings(phase, classifier),
-    )
-    head = {name: classifier.net.get_parameter(name).detach().cpu() + delta[name] for name in head_parameters(classifier)}
+    settings = _head_settings(classifier) | methods.lora_settings(phase, classifier)
+    config = LoraConfig(base_model_name_or_path=source, inference_mode=True, **settings)
+    head = _moved(classifier.net, delta, [name for name in head_parameters(classifier) if name in delta])
     classifier.net.name_or_path = source  # type: ignore[assignment]  # peft notes it as the adapter's base
     wrapped = get_peft_model(classifier.net, config)
     for name, tensor in {**delta, **head}.items():
         _assign(wrapped.base_model.model, name, tensor)
     wrapped.save_pretrained(folder)
     _sort_lists(folder / LORA)
+
+
+def _head_settings(classifier: TaskModel) -> dict[str, Any]:
+    """Return peft's settings of the head, none where peft would take other modules for it.
+
+    It takes whatever ends in the names that it is given, and in two more for a classifier: ``classifier`` is ``pre_classifier``, too.
+    """
+    endings = (*classifier.head, *(("classifier", "score") if classifier.task == "classification" else ()))
+    if {name for name, _ in classifier.net.named_modules() if name.endswith(endings)} == set(classifier.head):
+        return {"task_type": TASKS[classifier.task], "modules_to_save": list(classifier.head) or None}
+    return {}
+
+
+def _moved(net: nn.Module, delta: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return parameters of the base as they are after the run."""
+    return {name: net.get_parameter(name).detach().cpu() + delta[name] for name in names}
 
 
 def _sort_lists(path: Path) -> None:
@@ -133,9 +149,11 @@ def _assign(net: nn.Module, name: str, tensor: Tensor) -> None:
     net.get_parameter(f"{module}.{leaf}").copy_(tensor)
 
 
-def _write_delta(result: Result, folder: Path) -> None:
-    tensors = {}
+def _write_delta(result: Result, delta: Mapping[str, Tensor], folder: Path) -> None:
+    tensors = _moved(result.classifier.net, delta, head_parameters(result.classifier))
     for slot, span in result.coordinates.spans():
+        if slot.name in tensors:
+            continue
         tensors[f"{slot.name}.values"] = result.offset_N[span].cpu().clone()
         if slot.index is not None:
             tensors[f"{slot.name}.index"] = slot.index.int()

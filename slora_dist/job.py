@@ -161,9 +161,9 @@ class Job:
             return
         summary = summarize(self.config, self.folder, session.seat.classifier, session.seat.switch, self.comm.size)
         summary["lost"] = session.seat.all_lost
-        export.write(result, self.folder.adapter)
         self.folder.write_summary(summary)
         self.folder.write_parquet()
+        export.write(result, self.folder.adapter)
         show.finished(self.folder, summary)
 
 

@@ -5,6 +5,7 @@ Legend: O/I out/in features of a matrix.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +61,13 @@ def load(config: ModelConfig, names: Sequence[str], seed: int) -> TaskModel:
     head = _head(net, config)
     # whoever loads the base by its name gets it as it is: a network that other settings have changed is saved
     complete = missing is not None and not config.config and all(key.startswith(tuple(f"{module}." for module in head)) for key in missing)
-    return TaskModel(net, head, resolve(config.name, "models") if complete and config.name else None, config.task)
+    return TaskModel(net, head, _place(config.name) if complete and config.name else None, config.task)
+
+
+def _place(name: str) -> str:
+    """Return where a model is: a folder's whole path, whatever folder one looks from later, or the hub name."""
+    found = resolve(name, "models")
+    return str(Path(found).resolve()) if Path(found).is_dir() else found
 
 
 def tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
@@ -82,12 +89,20 @@ def tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
 def fit(classifier: TaskModel, words: PreTrainedTokenizerBase, max_length: int) -> None:
     """Make the model know the padding of its tokenizer. Raises ``ConfigError`` when vocabulary or length are above the model's."""
     settings: Any = classifier.net.config
-    settings.pad_token_id = words.pad_token_id
+    unused = _unused_positions(classifier.net)
+    if not unused:  # else the network is built by its own, and would be another one when it is built again
+        settings.pad_token_id = words.pad_token_id
     if len(words) > settings.vocab_size:
         raise ConfigError("model.tokenizer", f"{len(words)} tokens for a model of {settings.vocab_size}", "the model's own tokenizer")
-    longest = min(getattr(settings, "max_position_embeddings", max_length), words.model_max_length)
+    longest = min(getattr(settings, "max_position_embeddings", max_length + unused) - unused, words.model_max_length)
     if max_length > longest:
         raise ConfigError("data.max_length", f"{max_length} tokens for a model of {longest}", f"2 to {longest}")
+
+
+def _unused_positions(net: nn.Module) -> int:
+    """Return how many positions hold no token: RoBERTa and its kin count from behind that of the padding."""
+    tables = (module for name, module in net.named_modules() if name.endswith("position_embeddings"))
+    return max((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), default=0)
 
 
 def dense_layers(classifier: TaskModel) -> dict[str, tuple[int, int]]:

@@ -17,15 +17,15 @@ from transformers import AutoModelForSequenceClassification
 
 from slora_dist import adapters, masks, methods
 from slora_dist.client import Recipe, train
-from slora_dist.config import ClientsConfig, Indices, MethodConfig, Values
+from slora_dist.config import ClientsConfig, Indices, MethodConfig, ModelConfig, Values
 from slora_dist.data.tokens import Encoded, word_tokenizer
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.export import Result, export, write
-from slora_dist.model import TaskModel
+from slora_dist.model import TaskModel, load
 from slora_dist.support import Support
 from slora_dist.svd import Factors
 from slora_dist.wire import Wire
-from tests.families import FAMILIES, build, documents
+from tests.families import FAMILIES, NAMES, build, documents
 
 SPARSE = {"density": 0.1, "lr": 1e-2}
 METHODS: dict[str, dict[str, Any]] = {
@@ -66,8 +66,8 @@ SEED, WORDS = 4, 46
 class Entered:
     """A classifier in the last phase of a method, whose earlier phases have learned something, and that phase's start."""
 
-    def __init__(self, family: str, name: str) -> None:
-        self.classifier, method = build(family), MethodConfig.model_validate(METHODS[name])
+    def __init__(self, family: str, name: str, classifier: TaskModel | None = None) -> None:
+        self.classifier, method = classifier or build(family), MethodConfig.model_validate(METHODS[name])
         self.net, (*earlier, self.phase) = self.classifier.net, method.resolved()
         self.before = values(self.net)
         delta: dict[str, Tensor] = {}
@@ -177,11 +177,7 @@ def tokenizer() -> Any:
 def test_what_it_leaves_is_loaded_again(family: str, name: str, tokenizer: Any, tmp_path: Path) -> None:
     """By our own loader, by plain peft where there are factors, and merged by plain transformers where that can be."""
     entered = Entered(family, name)
-    offset_N = entered.offset_N + noise(entered.coordinates.numel, 0.05)
-    entered.coordinates.write(entered.net, entered.reference_N + offset_N)
-    judged = logits(entered.net)
-    entered.coordinates.write(entered.net, entered.reference_N)
-    write(Result(entered.phase, entered.classifier, entered.coordinates, offset_N, bool(entered.reduced), tokenizer), tmp_path / "adapter")
+    judged = leave(entered, tokenizer, tmp_path / "adapter")
 
     export(tmp_path / "adapter", tmp_path / "copy", merge=False)
     for folder in (tmp_path / "adapter", tmp_path / "copy"):
@@ -197,6 +193,33 @@ def test_what_it_leaves_is_loaded_again(family: str, name: str, tokenizer: Any, 
         export(tmp_path / "adapter", tmp_path / "merged", merge=True)
         torch.testing.assert_close(logits(plain(tmp_path / "merged")), judged, atol=2e-5, rtol=1e-4)
     assert json.loads((tmp_path / "adapter" / adapters.ABOUT).read_text())["phase"] == entered.phase.model_dump()
+
+
+def leave(entered: Entered, tokenizer: Any, folder: Path) -> Tensor:
+    """Write what is left after some learning; returns the logits that were judged."""
+    offset_N = entered.offset_N + noise(entered.coordinates.numel, 0.05)
+    entered.coordinates.write(entered.net, entered.reference_N + offset_N)
+    judged = logits(entered.net)
+    entered.coordinates.write(entered.net, entered.reference_N)
+    write(Result(entered.phase, entered.classifier, entered.coordinates, offset_N, bool(entered.reduced), tokenizer), folder)
+    return judged
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_without_a_head_is_loaded_again(family: str, name: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Its classifier is drawn, in the run from the seed and later by whoever loads it: what is left must not stand on it."""
+    build(family).net.base_model.save_pretrained(tmp_path / "backbone")  # type: ignore[operator]
+    classifier = load(ModelConfig(name=str(tmp_path / "backbone")), NAMES, SEED)
+    assert classifier.source == str(tmp_path / "backbone")
+    entered = Entered(family, name, classifier)
+    judged = leave(entered, tokenizer, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "base").exists() == bool(entered.reduced)
+    for _ in range(2):
+        torch.testing.assert_close(logits(adapters.load(tmp_path / "adapter")), judged, atol=2e-5, rtol=1e-4)
+    if entered.phase.kind not in ("houlsby", "pfeiffer"):
+        export(tmp_path / "adapter", tmp_path / "merged", merge=True)
+        torch.testing.assert_close(logits(plain(tmp_path / "merged")), judged, atol=2e-5, rtol=1e-4)
 
 
 def plain(folder: Path) -> Any:

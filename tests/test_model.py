@@ -215,6 +215,9 @@ def test_tokenizer_and_model_have_to_fit() -> None:
     assert classifier.net.config.pad_token_id == words.pad_token_id  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"^data.max_length: 33 tokens for a model of 32\. Allowed: 2 to 32"):
         model.fit(classifier, words, 33)
+    model.fit(build("roberta"), words, 32)
+    with pytest.raises(ConfigError, match=r"^data.max_length: 33 tokens for a model of 32"):  # of 34 positions
+        model.fit(build("roberta"), words, 33)
     with pytest.raises(ConfigError, match=r"^model.tokenizer: 104 tokens for a model of 50"):
         model.fit(classifier, word_tokenizer([" ".join(f"w{at}" for at in range(100))]), 16)
 
