@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from slora_dist import settings
+from slora_dist.errors import ConfigError
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -70,7 +71,10 @@ def slurm(options: argparse.Namespace) -> int:
     """Write the batch file of a run, and submit it."""
     from slora_dist import slurm
 
-    settings.load(options.config, options.overrides)  # better now than when the job's turn has come
+    if settings.load(options.config, options.overrides).clients.min_clients:  # better now than when the job's turn has come
+        raise ConfigError(
+            "clients.min_clients", "all ranks of this batch file end with the first that dies", "unset, or slurm/healing.sbatch"
+        )
     wanted = {field.name: getattr(options, field.name) for field in fields(slurm.Options) if field.name not in ("out", "python")}
     text = slurm.sbatch(options.config, options.overrides, slurm.Options(**wanted, out=out_folder(options), python=sys.executable))
     print(text if options.dry_run else slurm.submit(text), end="")

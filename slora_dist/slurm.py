@@ -25,7 +25,7 @@ fi
 """
 
 # How each launcher starts the ranks. torchrun: one agent per node; the restart count keeps a requeued job from meeting its former life.
-# srun: one task per rank; without --kill-on-bad-exit the others would wait for a dead one until their time-out.
+# srun: one task per rank; without --kill-on-bad-exit the others would wait for a dead one until their time-out. As a variable they see it.
 START = {
     "torchrun": """\
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -34,7 +34,8 @@ start=(srun --nodes "$SLURM_NNODES" --ntasks "$SLURM_NNODES" --ntasks-per-node 1
   --rdzv-backend c10d --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}")
 """,
     "srun": """\
-start=(srun --kill-on-bad-exit=1 "$python")
+export SLURM_KILL_BAD_EXIT=1
+start=(srun "$python")
 """,
     "mpi": """\
 start=(srun --mpi "${SLURM_MPI_TYPE:-pmi2}" --kill-on-bad-exit=1 "$python")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from slora_dist.cli import main
 from slora_dist.errors import ConfigError
 from slora_dist.slurm import SECRET, START, TRAIN, TRAIN_AND_REQUEUE, Launcher, Options, sbatch
 
@@ -28,7 +29,8 @@ def test_the_whole_file_for_srun() -> None:
         "python=python\n"
         f"{SECRET}"
         "set -- configs/tiny.yaml data.limit=64 --out runs/a\n"
-        'start=(srun --kill-on-bad-exit=1 "$python")\n'
+        "export SLURM_KILL_BAD_EXIT=1\n"
+        'start=(srun "$python")\n'
         '"${start[@]}" -m slora_dist train "$@"\n'
     )
 
@@ -91,6 +93,14 @@ def test_what_slurm_would_misread_is_refused(options: Options, setting: str) -> 
     with pytest.raises(ConfigError) as caught:
         sbatch("a.yaml", [], options)
     assert caught.value.setting == setting
+
+
+def test_a_run_that_is_to_heal_gets_no_batch_file_that_ends_it(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["slurm", str(SCRIPTS.parent / "configs/tiny.yaml"), "--nodes", "2", "--launcher", "srun", "--dry-run"]
+    assert main(asked) == 0 and main([*asked, "clients.min_clients=2"]) == 2
+    assert "clients.min_clients: all ranks of this batch file end with the first that dies. Allowed: unset, or slurm/healing.sbatch" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

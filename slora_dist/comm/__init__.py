@@ -36,9 +36,10 @@ def connect(
         return ranks
     from slora_dist.comm.torch_comm import TorchComm, open_lifeline, open_store
 
-    heals = healing is not None and chosen == "gloo" and not watched(environ)
+    watcher = watched(environ)
+    heals = healing is not None and chosen == "gloo" and not watcher
     if healing and not heals and world.rank == 0:
-        who = "torchrun's agent ends all ranks when one dies" if watched(environ) else f"{chosen} cannot form a new group"
+        who = f"{watcher} ends all ranks when one dies" if watcher else f"{chosen} cannot form a new group"
         say(0, f"clients.min_clients has no effect, a rank's death will end this run: {who}; --resume goes on")
     host, port = rendezvous(environ, world)
     store = open_store(host, port, world, environ)
@@ -46,9 +47,11 @@ def connect(
     return TorchComm(chosen, world.rank, world.size, store, timeout, device, lifeline=lifeline)
 
 
-def watched(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun's agent watches this rank: it ends all its ranks when one dies."""
-    return "TORCHELASTIC_RUN_ID" in environ
+def watched(environ: Mapping[str, str]) -> str:
+    """Return who watches this rank and ends all others when one dies, as far as the rank can know; empty: nobody."""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return "torchrun's agent"
+    return "srun (SLURM_KILL_BAD_EXIT)" if environ.get("SLURM_KILL_BAD_EXIT") == "1" else ""
 
 
 def choose(backend: str, world: World, device: torch.device) -> str:

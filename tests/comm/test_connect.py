@@ -80,10 +80,11 @@ def test_mpi_takes_in_no_new_process() -> None:
     ("backend", "environ", "said"),
     [
         ("gloo", {"TORCHELASTIC_RUN_ID": "x"}, "torchrun's agent ends all ranks when one dies"),
+        ("gloo", {"SLURM_KILL_BAD_EXIT": "1"}, "srun (SLURM_KILL_BAD_EXIT) ends all ranks when one dies"),
         ("nccl", {}, "nccl cannot form a new group"),
         ("gloo", {}, ""),
     ],
-    ids=["torchrun", "nccl", "gloo"],
+    ids=["torchrun", "srun", "nccl", "gloo"],
 )
 def test_where_ranks_cannot_heal_it_is_said(
     backend: str, environ: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
