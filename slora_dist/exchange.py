@@ -64,7 +64,7 @@ class Exchange:
         self._settings, self._scaffold, self._kept = config.comm, config.clients.scaffold, tuple(config.clients.keep)
         shared = tuple(kind for kind in KINDS if kind not in self._kept)
         self._groups = (shared, *((kind,) for kind in self._kept)) if self._kept else self.behaviour.groups
-        self._wires, self._fold_wires = cache(self._make_wires), cache(self._make_fold_wires)
+        self._wires, self._fold_wires, self._sending = cache(self._make_wires), cache(self._make_fold_wires), cache(self._make_sending)
 
     @cached_property
     def selection(self) -> Selection | None:
@@ -97,7 +97,7 @@ class Exchange:
 
     def held_by(self, client: int) -> Part:
         """Return the coordinates that a client has: of factors the leading ranks, up to its own."""
-        return self._part(self._present(), (Fraction(0), self.phase.portion(client)))
+        return self._part(self._present(), (WHOLE[0], self.phase.portion(client)))
 
     @property
     def folding(self) -> bool:
@@ -170,8 +170,11 @@ class Exchange:
         return tuple(kind for kind in self._present(self.behaviour.trains(number - self.first)) if kind not in self._kept)
 
     def _up(self, number: int, portion: Fraction, clients: Sequence[int]) -> Message:
-        kinds, band = self._sent(number), (Fraction(0), portion)
-        return Message(self._part(kinds, band), self._wires(kinds, self._scaffold, band), tuple(clients), self._scaffold)
+        return Message(*self._sending(self._sent(number), portion), tuple(clients), self._scaffold)
+
+    def _make_sending(self, kinds: Kinds, portion: Fraction) -> tuple[Part, Wires]:
+        band = (WHOLE[0], portion)
+        return self._part(kinds, band), self._wires(kinds, self._scaffold, band)
 
     def _doubled(self, kinds: Kinds) -> bool:
         """Whether control variates travel with these kinds: with those that train."""

@@ -56,7 +56,8 @@ def present(config: Config, number: int, size: int, members: Sequence[int]) -> l
 
 def sample(config: Config, number: int, gone: Collection[int] = ()) -> tuple[int, ...]:
     """Return the clients of round ``number`` (from 1), ascending: K of N without those who are ``gone``, uniform, without replacement."""
-    order = _order(config.clients.count, derive(config.run.seed, "sample", number))
+    count = config.clients.count
+    order = range(count) if config.sampled == count else _order(count, derive(config.run.seed, "sample", number))
     return tuple(sorted([client for client in order if client not in gone][: config.sampled]))
 
 

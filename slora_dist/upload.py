@@ -8,6 +8,7 @@ Legend: N coordinates, b a bucket of bytes.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -94,11 +95,15 @@ def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
     if isinstance(wire, TopK):
         return _gather_largest(comm, upload, wire, updates)
     assert isinstance(wire, Wire)
+    messages = (frame(header, wire.encode(delta_N.cpu())) for header, delta_N in updates)
+    chunks = comm.gather(messages, upload.ranks, upload.label, HEADER_BYTES + wire.nbytes, header=True)
+    if comm.rank:
+        deque(chunks, 0)  # sends what this rank has, and receives nothing
+        return None
     kept = Kept(wire.support.numel) if upload.holds else None
     mean = kept or Mean(wire.support.numel)
     spent, weight = 0.0, 1.0
-    messages = (frame(header, wire.encode(delta_N.cpu())) for header, delta_N in updates)
-    for message, offset, chunk_b in comm.gather(messages, upload.ranks, upload.label, HEADER_BYTES + wire.nbytes, header=True):
+    for message, offset, chunk_b in chunks:
         began = time.perf_counter()
         if offset == 0:
             headers.append(Header.unpack(chunk_b[:HEADER_BYTES], upload.expected[message]))
@@ -108,17 +113,20 @@ def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
         body.take(chunk_b)
         mean.add(*wire.decode_chunk(offset - HEADER_BYTES, chunk_b), weight)
         spent += time.perf_counter() - began
-    return _received(upload, headers, mean, spent, kept) if comm.rank == 0 else None
+    return _received(upload, headers, mean, spent, kept)
 
 
 def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates) -> Received | None:
     """Gather top-k messages: each is decoded when it is there as a whole, since it takes O(k)."""
-    headers, spent = list[Header](), 0.0
-    kept = Kept(wire.support.numel) if upload.holds else None
-    mean = kept or Mean(wire.support.numel)
     size = None if wire.varies else HEADER_BYTES + wire.nbytes
     messages = (frame(header, wire.encode(delta_N)) for header, delta_N in updates)
     chunks = comm.gather(messages, upload.ranks, upload.label, size, header=True)
+    if comm.rank:
+        deque(chunks, 0)  # sends what this rank has, and receives nothing
+        return None
+    headers, spent = list[Header](), 0.0
+    kept = Kept(wire.support.numel) if upload.holds else None
+    mean = kept or Mean(wire.support.numel)
     for message, whole_B in wholes(chunks, HEADER_BYTES + wire.most):
         began = time.perf_counter()
         expected = replace(upload.expected[message], body_bytes=whole_B.numel() - HEADER_BYTES)
@@ -128,7 +136,7 @@ def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates)
         mean.count(weight)
         mean.scatter(*wire.decode(whole_B[HEADER_BYTES:]), weight)
         spent += time.perf_counter() - began
-    return _received(upload, headers, mean, spent, kept) if comm.rank == 0 else None
+    return _received(upload, headers, mean, spent, kept)
 
 
 def wholes(chunks: Iterator[Chunk], most: int) -> Iterator[tuple[int, Tensor]]:

@@ -3,6 +3,7 @@
 Legend: N coordinates, n a stretch of them, k positions, K clients.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 def finite(values: Tensor) -> bool:
     """Whether every entry is a finite number. A sum, which is what passes first, is many times faster than looking at each."""
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 class Mean:

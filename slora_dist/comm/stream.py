@@ -84,7 +84,8 @@ def _send(link: Link, messages: Iterable[Tensor], senders: Sequence[int], nbytes
 def _pieces(link: Link, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[_Piece | None]:
     """Post every piece in order. None comes before a step that may take long, so that what has arrived is handed over first."""
     own = iter(messages)
-    buffers = cycle([torch.empty(link.bucket, dtype=torch.uint8), torch.empty(link.bucket, dtype=torch.uint8)])
+    largest = link.bucket if nbytes is None else min(link.bucket, nbytes)
+    buffers = cycle([torch.empty(largest, dtype=torch.uint8), torch.empty(largest, dtype=torch.uint8)])
     for index, sender in enumerate(senders):
         if sender == 0:
             yield None

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -160,18 +160,21 @@ class TorchComm:
     def send(self, chunk_b: Tensor, turns: int) -> stream.Transfer:
         """Start to send to rank 0 (see ``stream.Link``)."""
         staged_b = chunk_b.to(self.device)
-        return self._transfer(dist.isend, staged_b, staged_b, 0, self.timeout * turns)
+        return self._transfer("send", staged_b, staged_b, 0, self.timeout * turns)
 
     def receive(self, chunk_b: Tensor, peer: int) -> stream.Transfer:
         """Start to receive from ``peer`` (see ``stream.Link``)."""
         staged_b = chunk_b if self.device.type == "cpu" else torch.empty_like(chunk_b, device=self.device)
-        return self._transfer(dist.irecv, staged_b, chunk_b, peer, self.timeout)
+        return self._transfer("recv", staged_b, chunk_b, peer, self.timeout)
 
-    def _transfer(self, op: Callable[..., Any], staged_b: Tensor, target_b: Tensor, peer: int, seconds: float) -> _Transfer:
+    def _transfer(self, op: Literal["send", "recv"], staged_b: Tensor, target_b: Tensor, peer: int, seconds: float) -> _Transfer:
         posted = time.monotonic()
         place = self.members.index(peer)
-        with failing(self.rank, "gather", peer):  # on its own, nccl opens a communicator per pair of ranks: there it is a batch of one
-            (work,) = [op(staged_b, place)] if self.name == "gloo" else dist.batch_isend_irecv([dist.P2POp(op, staged_b, place)])
+        with failing(self.rank, "gather", peer):
+            if self.name == "gloo":
+                work = getattr(dist.group.WORLD, op)([staged_b], place, 0)
+            else:  # a batch of one, for on its own it would have nccl open a communicator per pair of ranks
+                (work,) = dist.batch_isend_irecv([dist.P2POp(getattr(dist, f"i{op}"), staged_b, place)])
         return _Transfer(self.rank, peer, seconds, posted, work, staged_b, target_b, self._await)
 
     def _collective(self, op: str, values: Tensor, start: Callable[[Tensor], dist.Work | None]) -> None:
