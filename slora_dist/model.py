@@ -140,8 +140,8 @@ def is_transposed(classifier: TaskModel, layer: str) -> bool:
     return isinstance(getattr(module, "base_layer", module), Conv1D)
 
 
-def ranks(classifier: TaskModel, phase: LowrankPhase) -> dict[str, int]:
-    """Return {module name: rank} of the layers that ``method.lowrank.targets`` names; ``ConfigError`` on names or ranks that do not fit."""
+def targets(classifier: TaskModel, phase: LowrankPhase) -> list[str]:
+    """Return the module names of the layers that ``method.lowrank.targets`` names; ``ConfigError`` on one that is none."""
     layers = dense_layers(classifier)
     if phase.targets == "all":
         chosen = list(layers)
@@ -154,6 +154,12 @@ def ranks(classifier: TaskModel, phase: LowrankPhase) -> dict[str, int]:
     )
     if unmatched or not chosen:
         raise ConfigError("method.lowrank.targets", f"no dense layer is named {unmatched or phase.targets}", ", ".join(_endings(layers)))
+    return chosen
+
+
+def ranks(classifier: TaskModel, phase: LowrankPhase) -> dict[str, int]:
+    """Return {module name: rank} of the targets; ``ConfigError`` on names or ranks that do not fit."""
+    layers, chosen = dense_layers(classifier), targets(classifier, phase)
     for ending in phase.ranks:
         if not _ends_any(chosen, ending):
             raise ConfigError(

@@ -1,7 +1,7 @@
 """What a section of settings is, and how a finding about one becomes the message that a user reads."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -62,9 +62,12 @@ def _lower(message: str) -> str:
 
 
 def _section(root: type[Section], location: Sequence[str]) -> type[Section]:
-    for part in location:
+    parts = iter(location)
+    for part in parts:
         field = root.model_fields.get(part)
-        inner = field.annotation if field else None
+        inner: Any = field.annotation if field else None
+        if get_origin(inner) is dict and next(parts, None) is not None:  # a mapping of sections: behind its key stands one
+            inner = get_args(inner)[1]
         if not (isinstance(inner, type) and issubclass(inner, Section)):
             break
         root = inner

@@ -125,7 +125,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("comm.collective", {"comm": {"collective": "reduce", "wire": {"values": "bfloat16"}}}, "gather, or uploads of float32"),
     ("run.seed", {"run": {"seed": -1}}, "greater than or equal to 0"),
     ("network.up_mbit", {"network": {"up_mbit": 0}}, "greater than 0"),
-    ("network.classes.phone.latency", {"network": {"classes": {"phone": {"latency": 3}}}}, "latency_ms"),
+    ("network.classes.phone.latency", {"network": {"classes": {"phone": {"latency": 3}}}}, "jitter_ms, latency_ms, share, up_mbit"),
 ]  # fmt: skip
 
 

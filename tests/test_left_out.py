@@ -193,6 +193,12 @@ def test_a_run_names_who_was_left_out(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tensors(broken_run(tmp_path / "again", monkeypatch)) == tensors(folder)
 
 
+def test_a_bound_without_noise_does_not_count_who_was_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = broken_run(tmp_path / "free", monkeypatch, "server.weighting=uniform")
+    bounded = broken_run(tmp_path / "bounded", monkeypatch, "server.weighting=uniform", "privacy.clip=1e9")
+    assert tensors(free) == tensors(bounded)
+
+
 def test_who_was_left_out_was_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The seconds of a round are those of all its clients: the late ones are the slowest."""
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from slora_dist import methods, model
 from slora_dist.completion import complete
-from slora_dist.config import DensePhase, LowrankPhase, MethodConfig, SparsePhase
+from slora_dist.config import DensePhase, HeadPhase, LowrankPhase, MethodConfig, SparsePhase
+from slora_dist.errors import ConfigError
 from slora_dist.model import TaskModel
 from slora_dist.support import Support
-from tests.families import FAMILIES, build, documents
+from tests.families import FAMILIES, build, build_causal, documents
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SPARSE, DENSE = SparsePhase(density=0.1), DensePhase()
@@ -64,6 +65,19 @@ def test_a_sparse_phase_can_keep_to_the_targets(family: str) -> None:
     classifier, method = build(family), MethodConfig(lowrank=LowrankPhase(rank=2, targets="attention"))
     masked = {slot.name for slot in support(SparsePhase(scope="targets"), classifier, method).slots if slot.kind == "value"}
     assert masked == {f"{layer}.weight" for layer in model.ranks(classifier, method.lowrank)}
+
+
+def test_a_mask_of_the_targets_asks_for_no_rank() -> None:
+    classifier, method = build("bert"), MethodConfig(lowrank=LowrankPhase(rank=10_000))
+    assert support(SparsePhase(scope="targets"), classifier, method).numel
+    with pytest.raises(ConfigError, match=r"^method\.lowrank\.rank: "):
+        support(method.lowrank, classifier, method)
+
+
+@pytest.mark.parametrize(("phase", "setting"), [(HeadPhase(), "model.head"), (SparsePhase(density=1e-9), "method.sparse.density")])
+def test_a_phase_that_would_train_nothing_is_refused(phase: methods.AnyPhase, setting: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{setting}: the {phase.kind} phase has nothing to train"):
+        support(phase, build_causal("llama"))
 
 
 @every_family

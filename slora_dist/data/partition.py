@@ -65,16 +65,21 @@ def _drawn(documents: Documents, config: DataConfig, count: int, seed: int) -> l
         return [np.sort(part) for part in np.array_split(permutation(len(documents.texts), seed), count)]
     if config.partition == "quantity":
         return _sized(len(documents.texts), config.alpha, count, seed)
-    from flwr_datasets.partitioner import DirichletPartitioner, ShardPartitioner
+    if config.partition == "pathological":
+        return _sharded(documents.labels, config.shards, count, seed)
+    from flwr_datasets.partitioner import DirichletPartitioner
 
-    if config.partition == "dirichlet":
-        partitioner = DirichletPartitioner(count, "key", config.alpha, min_partition_size=1, self_balancing=False, seed=seed)
-        return _indices(partitioner, documents.labels, range(count))
-    if count * config.shards > len(documents.texts):
-        problem = f"{count} clients x {config.shards} shards for {len(documents.texts)} documents"
-        raise ConfigError("data.shards", problem, f"1 to {len(documents.texts) // count}")
-    shards = ShardPartitioner(count, "key", num_shards_per_partition=config.shards, keep_incomplete_shard=True, seed=seed)
-    return _indices(shards, documents.labels, range(count))
+    partitioner = DirichletPartitioner(count, "key", config.alpha, min_partition_size=1, self_balancing=False, seed=seed)
+    return _indices(partitioner, documents.labels, range(count))
+
+
+def _sharded(labels: list[int], shards: int, count: int, seed: int) -> list[NDArray[np.int64]]:
+    """Cut the documents, sorted by label, into pieces whose sizes differ by one at most, and deal as many at random to each client."""
+    if count * shards > len(labels):
+        raise ConfigError("data.shards", f"{count} clients x {shards} shards for {len(labels)} documents", f"1 to {len(labels) // count}")
+    pieces = np.array_split(np.argsort(labels, kind="stable"), count * shards)
+    dealt = permutation(count * shards, seed).reshape(count, shards)
+    return [np.sort(np.concatenate([pieces[at] for at in row])) for row in dealt]
 
 
 def _sized(total: int, alpha: float, count: int, seed: int) -> list[NDArray[np.int64]]:

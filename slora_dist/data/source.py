@@ -148,9 +148,12 @@ def _folder(folder: Path, setting: str) -> Any:
             raise ConfigError(
                 setting, f"{folder} cannot be read ({_cause(error)})", "a folder with documents that `datasets` saved"
             ) from None
-    files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in READERS}
+    found = [file for file in sorted(folder.iterdir()) if file.suffix in READERS]
+    files = {file.stem: file for file in found}
     if not files:
         raise ConfigError(setting, f"no documents in {folder}", FORMATS)
+    if len(files) < len(found):
+        raise ConfigError(setting, f"{folder} has {', '.join(file.name for file in found)}", "one file for each split")
     return files
 
 

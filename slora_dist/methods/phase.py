@@ -62,9 +62,12 @@ def support(phase: AnyPhase, classifier: TaskModel, method: MethodConfig, seed: 
     """
     shapes = base_shapes(classifier.net)
     head = {name: shapes.pop(name) for name in head_parameters(classifier)}
-    return Support(
-        [Slot.whole(name, shape, "head") for name, shape in head.items()] + _slots(phase, classifier, method, seed, shapes, chosen)
-    )
+    slots = [Slot.whole(name, shape, "head") for name, shape in head.items()]
+    found = Support(slots + _slots(phase, classifier, method, seed, shapes, chosen))
+    if not found.numel:
+        setting = "method.sparse.density" if isinstance(phase, SparsePhase) else "model.head"
+        raise ConfigError(setting, f"the {phase.kind} phase has nothing to train", "a head, or a mask that keeps an entry")
+    return found
 
 
 def _slots(phase: AnyPhase, classifier: TaskModel, method: MethodConfig, seed: int, shapes: Shapes, chosen: Chosen | None) -> list[Slot]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slora_dist import masks
 from slora_dist.config import MethodConfig, SparsePhase
-from slora_dist.model import TaskModel, ranks
+from slora_dist.model import TaskModel, targets
 from slora_dist.seeding import derive
 from slora_dist.support import Slot
 
@@ -22,7 +22,7 @@ def slots(phase: SparsePhase, classifier: TaskModel, method: MethodConfig, seed:
 
 def masked(phase: SparsePhase, classifier: TaskModel, method: MethodConfig, shapes: Shapes) -> dict[str, Sequence[int]]:
     """Return {parameter: shape} of what the mask covers: all of the backbone, or the matrices that LoRA would adapt."""
-    names = list(shapes) if phase.scope == "all" else [f"{layer}.weight" for layer in ranks(classifier, method.lowrank)]
+    names = list(shapes) if phase.scope == "all" else [f"{layer}.weight" for layer in targets(classifier, method.lowrank)]
     return {name: shapes[name] for name in names}
 
 

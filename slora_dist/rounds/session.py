@@ -198,8 +198,8 @@ class Session:
         wire, plan, documents = message.wires.up, plan.only(message.clients), self.seat.federation.trains_on
         expected = [Header(client, stage.at, number, documents(client), 0.0, 0.0, wire.nbytes) for client in plan.clients]
         by_examples, holds = self.config.server.weighting == "examples", stage.exchange.holds
-        label, bounded = stage.label(number, "up", wire.by_kind()), self.config.privacy.clip is not None
-        job = Upload(wire, label, expected, plan.ranks, by_examples, holds, absent_count=bounded)
+        label, noisy = stage.label(number, "up", wire.by_kind()), bool(self.config.privacy.noise_multiplier)
+        job = Upload(wire, label, expected, plan.ranks, by_examples, holds, absent_count=noisy)
         updates = self._bounded(number, len(plan.clients), self._updates(stage, number, plan.played_by(self.comm.rank)))
         if self.config.comm.sum == "exact":
             return exact(self.comm, job, updates, stage.collective, self.config.comm.secure)

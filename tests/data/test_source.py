@@ -62,6 +62,13 @@ def test_folder_with_splits(tmp_path: Path) -> None:
     assert load_test(config, names, seed=0) == Documents(["a call"], [0])
 
 
+def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
+    for name in ("train.csv", "train.parquet", "test.csv"):
+        write(tmp_path / name, ROWS)
+    with pytest.raises(ConfigError, match=r"^data\.path: .* has test\.csv, train\.csv, train\.parquet\. Allowed: one file for each split"):
+        load_train(DataConfig(path=str(tmp_path)), seed=0)
+
+
 def test_saved_dataset_keeps_its_class_names(tmp_path: Path) -> None:
     label = datasets.ClassLabel(names=["sport", "art", "food"])
     rows = datasets.Dataset.from_dict(
