@@ -3,7 +3,7 @@
 The same accounts as the ledger's: payload of the clients, summed over all rounds, with the messages of the wire codec itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from slora_dist import methods, personal
@@ -24,17 +24,17 @@ def plan(config: Config, classifier: TaskModel, mbit: Sequence[float]) -> dict[s
     """
     phases, previous = list[dict[str, Any]](), None
     parameters = sum(parameter.numel() for parameter in classifier.net.parameters())
-    for (name, exchange), phase in zip(exchanges(config, classifier).items(), config.method.resolved(), strict=True):
-        wire = exchange.whole.down
-        handover = wire.nbytes + previous.nbytes if previous and methods.keeps(phase) else 0
+    messages_of = exchanges(config, classifier)
+    for name, exchange in messages_of.items():
         density = exchange.coordinates.numel / parameters
-        phases.append(_phase(config, name, exchange, handover) | {"density": density})
-        previous = wire
+        phases.append(_phase(config, name, exchange, _handover(exchange, previous)) | {"density": density})
+        previous = exchange
     by_phase = {phase["phase"]: phase["payload_bytes"] for phase in phases}
     sums = {way: sum(entry[way] for entry in by_phase.values()) for way in ("up", "down")}
     planned = sum(phase["rounds"] for phase in phases)
     messages = _messages(config, planned)
     full = full_finetuning(config, classifier, messages)
+    one = sum(sum(ways.values()) for ways in one_client(messages_of.values()).values())
     return {
         "parameters": parameters,
         "clients": {"count": config.clients.count, "per_round": config.sampled},
@@ -42,7 +42,7 @@ def plan(config: Config, classifier: TaskModel, mbit: Sequence[float]) -> dict[s
         "phases": phases,
         "payload_bytes": sums | {"control": sum(phase["control_bytes"] for phase in phases), "by_phase": by_phase},
         "full_finetuning_payload_bytes": full,
-        "minutes": {f"{rate:g}": _minutes(_one_client(phases), rate) for rate in mbit},
+        "minutes": {f"{rate:g}": _minutes(one, rate) for rate in mbit},
         "full_finetuning_minutes": {f"{rate:g}": _minutes(sum(full.values()) // messages * planned, rate) for rate in mbit},
     }
 
@@ -55,6 +55,24 @@ def exchanges(config: Config, classifier: TaskModel) -> dict[str, Exchange]:
         found[name] = Exchange(config, phase, first, coordinates, methods.pairs(phase, classifier, coordinates))
         first += phase.rounds
     return found
+
+
+def one_client(phases: Iterable[Exchange]) -> dict[int, dict[str, int]]:
+    """Return for each round the bytes of a client, of the largest rank, that takes part in every one: ``{round: {up, down}}``."""
+    found, previous = dict[int, dict[str, int]](), None
+    for exchange in phases:
+        for number, (up, down) in zip(exchange.numbers(), exchange.faithful(), strict=True):
+            found[number] = {"up": up, "down": down}
+        chosen, first = exchange.selection, found[exchange.first]
+        first["down"] += _handover(exchange, previous) + (sum(chosen.down.values()) if chosen else 0)
+        first["up"] += sum(chosen.up.values()) if chosen else 0
+        previous = exchange
+    return found
+
+
+def _handover(exchange: Exchange, previous: Exchange | None) -> int:
+    """Return the bytes that every client gets when a phase begins which folds something of the one before into the base."""
+    return exchange.whole.down.nbytes + previous.whole.down.nbytes if previous and methods.keeps(exchange.phase) else 0
 
 
 def full_finetuning(config: Config, classifier: TaskModel, messages: int) -> dict[Direction, int]:
@@ -118,10 +136,6 @@ def _control(config: Config, clients: int) -> int:
     """Return the bytes with which as many clients' uploads are told apart and, for exact sums, agreed on in a round."""
     agreed = sum(up + (down if kind == "key" else 0) for kind, (up, down) in agreements(config, clients).items())
     return clients * (HEADER_BYTES + agreed)
-
-
-def _one_client(phases: Sequence[dict[str, Any]]) -> int:
-    return sum(sum(phase["client_bytes"].values()) + phase["handover_bytes"] + sum(phase["selection_bytes"].values()) for phase in phases)
 
 
 def _minutes(nbytes: int, mbit: float) -> float:

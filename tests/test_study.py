@@ -11,6 +11,8 @@ import yaml
 
 from slora_dist.cli import main
 from slora_dist.errors import ConfigError
+from slora_dist.report.curves import points
+from slora_dist.report.read import load
 from slora_dist.runfolder import RunFolder
 from slora_dist.study import charts, grid, play, tables
 from tests.tiny import ROOT, SHORT, TINY, run, same, tensors
@@ -135,24 +137,30 @@ def test_the_array_job_has_a_task_for_each_cell(tmp_path: Path, capsys: pytest.C
 def fake(folder: Path, config: dict[str, Any], phases: list[tuple[str, int, float]], message: int, scores: list[float]) -> None:
     """Write a finished run: (name, rounds, seconds of local training) of its phases; every client's message has ``message`` bytes."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"settings": config}))
+    (folder / "config.json").write_text(json.dumps({"settings": config, "world": {"size": 2, "transport": "gloo"}}))
     rounds = [(name, seconds) for name, count, seconds in phases for _ in range(count)]
     clients = config["clients"]["per_round"]
     metrics, ledger = [], []
     for number, ((name, seconds), score) in enumerate(zip(rounds, scores, strict=True), 1):
         here = clients - number % 2  # in every other round one is away
-        spent = {"train": seconds * here, "total": 1.0}
-        metrics.append({"round": number, "phase": name, "accuracy": score, "clients": list(range(here)), "seconds": spent})
+        spent, payload = {"train": seconds * here, "evaluate": 0.0, "total": 1.0}, {"up": message * here, "down": message * here}
+        record = {"round": number, "phase": name, "accuracy": score, "clients": list(range(here)), "seconds": spent}
+        metrics.append(record | {"payload_bytes": payload})
         for direction in ("up", "down"):
             line = {"rank": 1, "round": number, "direction": direction, "clients": clients, "payload_bytes": message * clients}
             ledger += [line, line | {"rank": 0, "clients": 0, "payload_bytes": 0}, line | {"direction": "control"}]
     switch = {"accuracy_before": 0.4, "accuracy_after": 0.3} if len(phases) > 1 else None
     timeline = (
-        [{"rank": 0, "round": 3, "what": "switch", "seconds": 30.0}, {"rank": 1, "round": 3, "what": "switch", "seconds": 1.0}]
+        [  # half a minute, and half a minute more in which rank 0 judged the model twice
+            {"rank": 0, "round": 2, "what": "switch", "began": 100.0, "seconds": 60.0},
+            {"rank": 0, "round": 2, "what": "evaluate", "began": 100.0, "seconds": 10.0},
+            {"rank": 0, "round": 2, "what": "evaluate", "began": 130.0, "seconds": 20.0},
+            {"rank": 1, "round": 2, "what": "switch", "began": 100.0, "seconds": 1.0},
+        ]
         if switch
         else []
     )
-    for name, lines in (("metrics", metrics), ("ledger", ledger), ("timeline", timeline)):
+    for name, lines in (("metrics", metrics), ("ledger", ledger), ("timeline", timeline), ("counters", [])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "summary.json").write_text(json.dumps({"accuracy": scores[-1], "switch": switch, "seconds": {"total": 2.0}}))
 
@@ -207,16 +215,29 @@ def test_figures_are_those_worked_out_by_hand(tmp_path: Path) -> None:
 
 def test_trainable_parameters_and_bytes_are_the_plans(tiny_run: RunFolder) -> None:
     """One client's bytes are read from the ledger of a real run: two messages a round, of the phase's size."""
-    row = tables.Row({}, tiny_run.config(), [tables.Run(tiny_run)], (5.0,))
+    row = tables.Row({}, tiny_run.config(), [load(tiny_run.path)], (5.0,))
     sparse, lowrank = row.trainable
-    assert row.runs[0].bytes[3] == 4 * 2 * 4 * sparse and row.runs[0].bytes[7] == 4 * 2 * 4 * (sparse + lowrank)
+    spent = [point.client for point in points(row.runs[0])]
+    assert spent[3] == 4 * 2 * 4 * sparse and spent[7] == 4 * 2 * 4 * (sparse + lowrank)
 
 
-def test_a_rank_that_plays_no_client_of_the_round_does_not_count() -> None:
-    down = {"round": 1, "direction": "down", "clients": 2, "payload_bytes": 20, "rank": 1}
-    handed = down | {"clients": 5, "payload_bytes": 500}
-    idle = [handed | {"rank": 2}, down | {"rank": 2, "clients": 0, "payload_bytes": 0}]
-    assert tables.one_client([handed, down, down | {"direction": "up"}, down | {"direction": "control"}, *idle]) == {1: 120}
+UNLIKE = {  # runs in whose rounds clients that have been there get other messages than new ones, or of their own rank
+    "ffa": ("method.lowrank.rule=ffa",),
+    "rolora": ("method.lowrank.rule=rolora",),
+    "keep": ("clients.keep=[head]",),
+    "ranks": ("method.lowrank.client_ranks=[2,4]",),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_the_bytes_of_one_client_do_not_depend_on_who_is_drawn(name: str, tmp_path: Path) -> None:
+    """Where all take part in every round, and have one rank, each has its share of the bytes; where half do, one that does has the same."""
+    rounds = (*SHORT, "method.sparse.rounds=1", "method.lowrank.rounds=4", "clients.steps=1")
+    alike = () if name == "ranks" else UNLIKE[name]
+    every, half = run(tmp_path / "every", *rounds, *alike, "clients.per_round=6"), run(tmp_path / "half", *rounds, *UNLIKE[name])
+    payload = every.summary()["payload_bytes"]
+    found = points(load(half.path))
+    assert found[-1].client == (payload["up"] + payload["down"]) / 6
 
 
 def test_without_a_finished_run_there_are_no_tables(tmp_path: Path) -> None:

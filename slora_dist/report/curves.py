@@ -4,11 +4,11 @@ All costs are sums from the run's first round on. ``client`` is one client that 
 (it does not depend on how many clients a round has); ``payload`` is what all clients of the rounds together sent and received.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from slora_dist.report.read import Group, Line, Run
+from slora_dist.report.read import Group, Run
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Mean:
 
 def points(run: Run) -> list[Point]:
     """Return the state of the run after each round, costs summed up."""
-    client, switch = one_client(run.ledger), switch_seconds(run)
+    switch = switch_seconds(run)
     found: list[Point] = []
     last = Point(0, None, 0, 0, 0, 0, 0)
     for line in run.rounds:
@@ -54,7 +54,7 @@ def points(run: Run) -> list[Point]:
         last = Point(
             number,
             line["accuracy"],
-            last.client + sum(client.get(number, {}).values()),
+            last.client + sum(run.client.get(number, {}).values()),
             last.payload + sum(line["payload_bytes"].values()),
             last.seconds + seconds["total"] - seconds["evaluate"] + switch.get(number, 0.0),
             last.training + seconds["train"] / len(line["clients"]) + switch.get(number, 0.0),
@@ -62,24 +62,6 @@ def points(run: Run) -> list[Point]:
             line.get("perplexity"),
         )
         found.append(last)
-    return found
-
-
-def one_client(ledger: Iterable[Line]) -> dict[int, dict[str, int]]:
-    """Return for each round what one client that takes part sends and receives: ``{round: {up, down}}`` in bytes.
-
-    A ledger line holds the messages of the ``clients`` that a rank plays, all of one size; a rank that plays any in the round has a line
-    for every message that they get.
-    """
-    by_rank: dict[tuple[int, str, int], int] = {}
-    for line in ledger:
-        if line["direction"] != "control" and line["clients"]:
-            key = (line["round"], line["direction"], line["rank"])
-            by_rank[key] = by_rank.get(key, 0) + line["payload_bytes"] // line["clients"]
-    found: dict[int, dict[str, int]] = {}
-    for (number, direction, _), nbytes in by_rank.items():
-        ways = found.setdefault(number, {"up": 0, "down": 0})
-        ways[direction] = max(ways[direction], nbytes)
     return found
 
 

@@ -1,11 +1,13 @@
 """Runs as the report reads them, and how they are told apart: seeds of the same settings form a group, named by what sets it apart."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slora_dist.aggregate.rules import behaviour
 from slora_dist.config import Config
 from slora_dist.errors import ConfigError
 from slora_dist.runfolder import RECORDS, RunFolder
@@ -41,6 +43,22 @@ class Run:
     def phases(self) -> list[str]:
         """Names of the phases that have begun, in order."""
         return list(dict.fromkeys(line["phase"] for line in self.rounds))
+
+    @cached_property
+    def client(self) -> dict[int, dict[str, int]]:
+        """What one client that takes part in every round sends and receives: ``{round: {up, down}}`` in bytes.
+
+        It is a share of the ledger's lines where the clients of a round all get the same messages. Where they do not, it is the plan's: of
+        a client of the largest rank. Raises ``ConfigError`` when the plan's model or class names are not to be had here.
+        """
+        if not _differ(self.config):
+            return _shares(self.ledger)
+        from slora_dist.data.federation import class_names  # they bring transformers and peft
+        from slora_dist.model import shell
+        from slora_dist.plan import exchanges, one_client
+
+        planned = one_client(exchanges(self.config, shell(self.config.model, class_names(self.config))).values())
+        return {line["round"]: planned[line["round"]] for line in self.rounds}
 
     @property
     def switch(self) -> dict[str, Any] | None:
@@ -84,6 +102,30 @@ class Group:
     def finished(self) -> bool:
         """Whether its runs are finished (all are, or none is)."""
         return self.runs[0].summary is not None
+
+
+def _differ(config: Config) -> bool:
+    """Whether a client gets other messages than another one of its round: by what it lacks, keeps to itself, or by its rank."""
+    phases = config.method.resolved()
+    return bool(config.clients.keep) or any(len(behaviour(phase).groups) > 1 or len(phase.portions) > 1 for phase in phases)
+
+
+def _shares(ledger: Iterable[Line]) -> dict[int, dict[str, int]]:
+    """Return for each round the bytes of each of its clients.
+
+    A ledger line holds the messages of the ``clients`` that a rank plays, all of one size; a rank that plays any in the round has a line
+    for every message that they get, one that hosts clients has those of the switch.
+    """
+    by_rank: dict[tuple[int, str, int], int] = {}
+    for line in ledger:
+        if line["direction"] != "control" and line["clients"]:
+            key = (line["round"], line["direction"], line["rank"])
+            by_rank[key] = by_rank.get(key, 0) + line["payload_bytes"] // line["clients"]
+    found: dict[int, dict[str, int]] = {}
+    for (number, direction, _), nbytes in by_rank.items():
+        ways = found.setdefault(number, {"up": 0, "down": 0})
+        ways[direction] = max(ways[direction], nbytes)
+    return found
 
 
 def load(path: Path) -> Run:

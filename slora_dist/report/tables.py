@@ -54,7 +54,7 @@ def runs(groups: Sequence[Group]) -> Table:
     source = (
         "config.json: settings, world; metrics.jsonl: perplexity and accuracy (the last measured), payload_bytes "
         "(all clients, up and down), seconds.total - seconds.evaluate (time); ledger.jsonl: payload_bytes / clients (one client that takes "
-        "part in every round); summary.json: full_finetuning_payload_bytes."
+        "part in every round; the plan's where clients of a round get different messages); summary.json: full_finetuning_payload_bytes."
     )
     return Table("Runs", columns, rows, source, left=2)
 
@@ -145,7 +145,7 @@ def _phase_sums(run: Run) -> list[tuple[str, int, int, int, int]]:
     sums = []
     for phase in run.phases:
         lines = [line for line in run.ledger if line["phase"] == phase]
-        one = curves.one_client(lines).values()
+        one = [run.client.get(line["round"], {"up": 0, "down": 0}) for line in run.rounds if line["phase"] == phase]
         whole = {way: sum(line["payload_bytes"] for line in lines if line["direction"] == way) for way in ("up", "down")}
         sums.append((phase, sum(ways["up"] for ways in one), sum(ways["down"] for ways in one), whole["up"], whole["down"]))
     return sums

@@ -2,9 +2,9 @@
 
 Costs are those of one client that takes part in every round, on a link of the given rate in both directions:
 
-    bytes    what a client sent and received, from the ledger
+    bytes    what a client sent and received, as the report counts it
     Gbit     8 x bytes / 2^30 (the paper's unit)
-    minutes  8 x bytes / (rate x 10^6) / 60, and rounds x s/round, and the seconds of switches
+    minutes  8 x bytes / (rate x 10^6) / 60, and the seconds of its training and of switches, as the report has them
     s/round  seconds of one client's local training: mean over the round's clients, median over a phase's rounds
 """
 
@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from slora_dist.data.federation import class_names
 from slora_dist.errors import ConfigError
 from slora_dist.model import shell
 from slora_dist.plan import plan
-from slora_dist.runfolder import RunFolder
+from slora_dist.report import curves
+from slora_dist.report.read import Run, load
 from slora_dist.study.grid import METHOD, Cell, Study
 
 BEST = (3, 5)  # the paper reports the mean of the best 3 of 5 seeds
@@ -32,45 +32,6 @@ NOTE = """Figures are means over seeds, +- one standard deviation of a sample.
 Costs are those of one client that takes part in every round: Gbit and MB are its messages up and down (2^30 bits, 10^6 bytes), minutes
 are these on a link of so many Mbit/s (10^6 bits), its local training and the switch; s/round is its local training. What a method with
 two phases has twice stands in order. A target is reached in the first evaluated round whose mean accuracy is as high."""
-
-
-class Run:
-    """A finished run as the tables see it; all sequences have an entry for each round, in order."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.metrics = folder.lines("metrics")
-        self.summary = folder.summary()
-        self.phases = list(dict.fromkeys(line["phase"] for line in self.metrics))
-        self.seconds = {name: self._local_seconds(name) for name in self.phases}
-        by_round = one_client(folder.lines("ledger"))
-        self.bytes = list(accumulate(by_round[line["round"]] for line in self.metrics))
-        switches = [line for line in folder.lines("timeline") if line["what"] == "switch" and line["rank"] == 0]
-        self.switch_seconds = sum(line["seconds"] for line in switches)
-        self.accuracy = [line["accuracy"] for line in self.metrics]
-
-    def _local_seconds(self, phase: str) -> float:
-        seconds: list[float] = [line["seconds"]["train"] / len(line["clients"]) for line in self.metrics if line["phase"] == phase]
-        return statistics.median(seconds)
-
-    def minutes(self, mbit: float) -> list[float]:
-        """Return the minutes up to the end of each round on links of ``mbit`` Mbit/s."""
-        local = accumulate(self.seconds[line["phase"]] for line in self.metrics)
-        switched = [self.switch_seconds if line["phase"] != self.phases[0] else 0.0 for line in self.metrics]
-        return [
-            (8 * nbytes / (mbit * 1e6) + train + switch) / 60 for nbytes, train, switch in zip(self.bytes, local, switched, strict=True)
-        ]
-
-
-def one_client(ledger: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """Return the bytes of every round that a client of it sent and received: its share of any rank's lines that plays one."""
-    by_rank: dict[tuple[int, int], int] = defaultdict(int)
-    for line in ledger:
-        if line["direction"] != "control" and line["clients"]:
-            by_rank[line["round"], line["rank"]] += line["payload_bytes"] // line["clients"]
-    most: dict[int, int] = defaultdict(int)  # a rank that only hosts clients of a round sees no more than the switch's messages
-    for (number, _), nbytes in by_rank.items():
-        most[number] = max(most[number], nbytes)
-    return most
 
 
 @dataclass(frozen=True)
@@ -112,15 +73,14 @@ class Row:
     @cached_property
     def points(self) -> list[Point]:
         """The rounds after which every run was evaluated."""
-        columns = [[run.minutes(rate) for run in self.runs] for rate in self.mbit]
-        points = []
-        for at in range(min(len(run.accuracy) for run in self.runs)):
-            scores = [run.accuracy[at] for run in self.runs]
-            if None not in scores:
-                minutes = tuple(statistics.fmean(run[at] for run in column) for column in columns)
-                nbytes = statistics.fmean(run.bytes[at] for run in self.runs)
-                points.append(Point(at + 1, statistics.fmean(scores), min(scores), max(scores), nbytes, minutes))
-        return points
+        found = []
+        for alike in zip(*map(curves.points, self.runs), strict=False):
+            scores = [point.accuracy for point in alike if point.accuracy is not None]
+            if len(scores) == len(alike):
+                minutes = tuple(statistics.fmean(curves.minutes(point, rate) for point in alike) for rate in self.mbit)
+                nbytes = statistics.fmean(point.client for point in alike)
+                found.append(Point(alike[0].round, statistics.fmean(scores), min(scores), max(scores), nbytes, minutes))
+        return found
 
     @property
     def last(self) -> Point:
@@ -140,9 +100,7 @@ def rows(study: Study, out: Path) -> list[Row]:
             cells[tuple(cell.labels.values())].append(cell)
     if not cells:
         raise ConfigError(str(out), "no run of the study is finished", "the folder of a study; a run's log.txt says why it failed")
-    return [
-        Row(alike[0].labels, alike[0].config, [Run(RunFolder(out / cell.name)) for cell in alike], study.mbit) for alike in cells.values()
-    ]
+    return [Row(alike[0].labels, alike[0].config, [load(out / cell.name) for cell in alike], study.mbit) for alike in cells.values()]
 
 
 def rival(row: Row, among: Iterable[Row]) -> Row | None:
@@ -152,22 +110,23 @@ def rival(row: Row, among: Iterable[Row]) -> Row | None:
 
 def figures(row: Row, fft: Row | None, targets: Sequence[float]) -> dict[str, Any]:
     """Return a row's figures by column name; what is not known is None. Sequences are by phase."""
-    scores = [run.summary["accuracy"] for run in row.runs]
-    switches = [run.summary["switch"] for run in row.runs if run.summary["switch"]]
+    summaries = [run.summary for run in row.runs if run.summary]
+    scores = [summary["accuracy"] for summary in summaries]
+    switches = [summary["switch"] for summary in summaries if summary["switch"]]
     last, full = row.last, fft.last if fft else None
-    seconds = [statistics.median(run.seconds[phase] for run in row.runs) for phase in row.runs[0].phases]
+    seconds = [statistics.median(_local_seconds(run, phase) for run in row.runs) for phase in row.runs[0].phases]
     result: dict[str, Any] = row.labels | {
         "seeds": len(scores),
         "trainable": row.trainable,
         "accuracy": statistics.fmean(scores),
         "accuracy_std": statistics.stdev(scores) if len(scores) > 1 else None,
-        "accuracy_best": statistics.fmean(sorted(scores)[-BEST[0] :]) if len(scores) >= BEST[1] else None,
-        **_perplexity([run.summary for run in row.runs]),
-        "rounds": [sum(line["phase"] == phase for line in row.runs[0].metrics) for phase in row.runs[0].phases],
+        "accuracy_best": statistics.fmean(sorted(scores)[-BEST[0] :]) if len(scores) == BEST[1] else None,
+        **_perplexity(summaries),
+        "rounds": [sum(line["phase"] == phase for line in row.runs[0].rounds) for phase in row.runs[0].phases],
         "gbit": 8 * last.bytes / 2**30,
         "mbyte": last.bytes / 1e6,
         "seconds_per_round": seconds,
-        "switch_seconds": statistics.fmean(run.switch_seconds for run in row.runs),
+        "switch_seconds": statistics.fmean(sum(curves.switch_seconds(run).values()) for run in row.runs),
         "bytes_of_fft": last.bytes / full.bytes if full else None,
         "before_switch": statistics.fmean(switch["accuracy_before"] for switch in switches) if switches else None,
         "after_switch": statistics.fmean(switch["accuracy_after"] for switch in switches) if switches else None,
@@ -182,6 +141,11 @@ def figures(row: Row, fft: Row | None, targets: Sequence[float]) -> dict[str, An
         for at, rate in enumerate(row.mbit):
             result[f"minutes_{rate:g}_mbit_to_{target:g}"] = point.minutes[at] if point else None
     return result
+
+
+def _local_seconds(run: Run, phase: str) -> float:
+    """Return the seconds of a client's local training in a round: mean over the round's clients, median over the phase's rounds."""
+    return float(statistics.median(line["seconds"]["train"] / len(line["clients"]) for line in run.rounds if line["phase"] == phase))
 
 
 def _perplexity(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -90,6 +91,14 @@ def test_layers_agree_on_a_real_network_stack(many: Run) -> None:
     rounds = [bar for phase in many.phases for bar in gantt.bars(many, gantt.median_round(many, phase))]
     assert {"train", "move", "wait", "aggregate", "evaluate"} <= {bar.what for bar in rounds}
     assert {bar.rank for bar in rounds} == {0, 1, 2} and min(bar.begins for bar in rounds) >= 0
+
+
+def test_a_rank_that_plays_no_client_of_the_round_does_not_count(many: Run) -> None:
+    down = {"round": 1, "direction": "down", "clients": 2, "payload_bytes": 20, "rank": 1}
+    handed = down | {"clients": 5, "payload_bytes": 500}
+    idle = [handed | {"rank": 2}, down | {"rank": 2, "clients": 0, "payload_bytes": 0}]
+    ledger = [handed, down, down | {"direction": "up"}, down | {"direction": "control"}, *idle]
+    assert replace(many, ledger=ledger).client == {1: {"up": 10, "down": 110}}
 
 
 # ---- made runs: budgets, targets, speed
