@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "config", nargs="?", metavar="CONFIG.yaml", help="rehearse this run too, so that `plan --machine` can tell its time"
     )
     doctor.add_argument("overrides", nargs="*", metavar="section.key=value")
-    doctor.add_argument("--backend", choices=("auto", "gloo", "nccl", "mpi"), default="auto")
+    doctor.add_argument("--backend", choices=("auto", "gloo", "nccl", "mpi"), help="transport; empty: the config's comm.backend")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--out", type=Path, metavar="FILE", help="write the findings there, for `plan --machine` and `report --machine`")
     slurm = commands.add_parser("slurm", help="write the batch file of a run and submit it to SLURM")

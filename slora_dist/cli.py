@@ -176,17 +176,19 @@ def _doctor(options: argparse.Namespace, world: World) -> int:
     config = settings.load(options.config, options.overrides) if options.config else None
     if options.out and world.rank == 0:
         check_place(options.out)
+    environ = dict(os.environ)  # as it was given
     _set_threads(config.run.threads if config else 1)
     from slora_dist import admission, comm, device, doctor, show
     from slora_dist.comm.sealed import Sealed
 
     place = device.choose(config.run.device if config else "auto", world)
-    communicator = comm.connect(options.backend, world, os.environ, config.comm.timeout if config else DOCTOR_SECONDS, place)
+    backend = options.backend or (config.comm.backend if config else "auto")
+    communicator = comm.connect(backend, world, os.environ, config.comm.timeout if config else DOCTOR_SECONDS, place)
     try:
         admitted = admission.admit(communicator, config, os.environ) if config else None
         sealing = admitted and config and config.comm.encrypt and communicator.size > 1
         measured = Sealed(communicator, admitted.session) if admitted and sealing else communicator
-        found = doctor.examine(measured, world, os.environ, place, config)
+        found = doctor.examine(measured, world, environ, place, config)
     except ConfigError:
         communicator.close()
         raise

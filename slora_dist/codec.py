@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slora_dist.errors import RunError
 
-_ESCAPE = 255
+ESCAPE = 255  # a gap from which on a code needs another byte
 _LEVEL = 1  # higher levels gain nothing: the gaps are independent, all there is to save is their entropy
 _BLOCK = 1 << 15  # bytes decoded at a time, so that what is made of them stays in the cache
 
@@ -25,9 +25,9 @@ def encode(index_M: Tensor, numel: int, compact: bool = False) -> Tensor:
     """Return the code (uint8) of the positions ``index_M``: int64, strictly ascending, below ``numel``."""
     gaps_M = np.diff(index_M.numpy(), prepend=-1) - 1
     assert not len(gaps_M) or (gaps_M.min() >= 0 and index_M[-1] < numel), "positions must ascend and lie in the tensor"
-    escapes_M = gaps_M // _ESCAPE
-    code_B = np.full(len(gaps_M) + int(escapes_M.sum()), _ESCAPE, dtype=np.uint8)
-    code_B[np.arange(len(gaps_M)) + np.cumsum(escapes_M)] = gaps_M - _ESCAPE * escapes_M
+    escapes_M = gaps_M // ESCAPE
+    code_B = np.full(len(gaps_M) + int(escapes_M.sum()), ESCAPE, dtype=np.uint8)
+    code_B[np.arange(len(gaps_M)) + np.cumsum(escapes_M)] = gaps_M - ESCAPE * escapes_M
     return torch.from_numpy(_compact(code_B) if compact else code_B)
 
 
@@ -36,7 +36,7 @@ def decode(wire_B: Tensor, numel: int, compact: bool = False) -> Tensor:
     code_B = wire_B.numpy()
     if compact:
         code_B = _expand(code_B, numel)
-    if len(code_B) and code_B[-1] == _ESCAPE:
+    if len(code_B) and code_B[-1] == ESCAPE:
         raise RunError("positions that end within a gap")
     index_M = _sum(code_B)
     if len(index_M) and index_M[-1] >= numel:
@@ -46,12 +46,12 @@ def decode(wire_B: Tensor, numel: int, compact: bool = False) -> Tensor:
 
 def _sum(code_B: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Add up the gaps; they ascend by construction. torch sums six times as fast as numpy, which in turn selects faster."""
-    index_M = np.empty(np.count_nonzero(code_B != _ESCAPE), dtype=np.int64)
+    index_M = np.empty(np.count_nonzero(code_B != ESCAPE), dtype=np.int64)
     sums = torch.empty(_BLOCK, dtype=torch.int64)
     done, last = 0, -1
     for start in range(0, len(code_B), _BLOCK):
         block = code_B[start : start + _BLOCK]
-        ends = block != _ESCAPE
+        ends = block != ESCAPE
         steps = (block + ends).astype(np.int64)  # 254 + 1 and 255 + 0 still fit in a byte
         steps[0] += last
         at = torch.cumsum(torch.from_numpy(steps), 0, out=sums[: len(steps)]).numpy()

@@ -62,24 +62,24 @@ def examine(
         "ranks": ranks,
         "verbs": verbs,
     } | (rehearsed or {})
-    return found | {"advice": advise(found, environ)}
+    return found | {"advice": advise(found, environ, config.run.threads if config else 1)}
 
 
-def advise(found: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
-    """Return what to mend, one sentence each; an empty list when nothing is wrong."""
+def advise(found: Mapping[str, Any], environ: Mapping[str, str], threads: int = 1) -> list[str]:
+    """Return what to mend, one sentence each; an empty list when nothing is wrong. Ranks have as many ``threads``."""
     ranks, advice = found["ranks"], []
     by_host: dict[str, list[Row]] = {}
     for row in ranks:
         by_host.setdefault(row["host"], []).append(row)
     if len(by_host) > 1 and found["world"]["transport"] == "gloo":
-        lost = [row["host"] for row in ranks if row["address"].startswith("127.")]
+        lost = next((row for row in ranks if row["address"].startswith("127.")), None)
         if lost:
-            advice.append(f"{lost[0]} resolves its own name to {ranks[0]['address']}: set GLOO_SOCKET_IFNAME to the cluster's interface")
+            advice.append(f"{lost['host']} resolves its own name to {lost['address']}: set GLOO_SOCKET_IFNAME to the cluster's interface")
     for host, rows in by_host.items():
         if len(rows) - 1 > rows[0]["cores"] and rows[0]["device"] == "cpu":
             advice.append(f"{len(rows)} ranks train on {rows[0]['cores']} cores of {host}: expect them to wait for each other")
         spare = rows[0]["cores"] // len(rows)
-        if spare > 1 and rows[0]["device"] == "cpu":
+        if spare > threads and rows[0]["device"] == "cpu":
             advice.append(f"{rows[0]['cores']} cores of {host} for {len(rows)} rank(s): run.threads={spare} would use them all")
         shared = {row["device"] for row in rows if row["device"] != "cpu"}
         if shared and len(shared) < len(rows):

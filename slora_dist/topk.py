@@ -20,8 +20,6 @@ from slora_dist.formats import FORMATS
 from slora_dist.masks import largest
 from slora_dist.support import Support
 
-_ESCAPE = 255  # a gap from which on a code needs another byte
-
 
 class TopK:
     """The codec of the ``share`` largest of a support's coordinates. With ``int32`` positions all messages have one size."""
@@ -38,7 +36,7 @@ class TopK:
     @property
     def most(self) -> int:
         """The bytes that no message exceeds: a code has a byte for each position and for every 255 coordinates, a zstandard frame a few."""
-        return self.scale_bytes + self.value_bytes + max(4 * self.k, self.k + self.support.numel // _ESCAPE + 1024)
+        return self.scale_bytes + self.value_bytes + max(4 * self.k, self.k + self.support.numel // codec.ESCAPE + 1024)
 
     def by_kind(self) -> dict[str, int]:
         """Return the bytes of one message by kind: index (expected ones, where sizes vary), scale, value."""
@@ -103,7 +101,7 @@ def _expected(numel: int, k: int, indices: Indices) -> int:
         return 4 * k
     density = k / numel
     if indices == "gap":
-        far = (1 - density) ** _ESCAPE  # chance that a gap needs one more byte, and so on
+        far = (1 - density) ** codec.ESCAPE  # chance that a gap needs one more byte, and so on
         return min(numel, round(k * (1 + far / (1 - far)))) if far < 1 else numel
     entropy = -sum(share * log2(share) for share in (density, 1 - density) if share > 0)
     return ceil(numel * entropy / 8) + 16

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from slora_dist import doctor
+from slora_dist.cli import main
 from slora_dist.comm.alone import Alone
 from slora_dist.comm.sealed import Sealed
 from slora_dist.world import World
+from tests.tiny import TINY
 
 HEALTHY: dict[str, Any] = {
     "versions": {"mpi4py": "4.1"},
@@ -39,7 +41,11 @@ def test_nothing_to_mend() -> None:
 @pytest.mark.parametrize(
     ("change", "environ", "words"),
     [
-        ({"ranks": [row | {"address": "127.0.1.1"} for row in HEALTHY["ranks"]]}, {}, "GLOO_SOCKET_IFNAME"),
+        (
+            {"ranks": [*HEALTHY["ranks"][:2], HEALTHY["ranks"][2] | {"address": "127.0.1.1"}]},
+            {},
+            "node2 resolves its own name to 127.0.1.1",
+        ),
         ({"ranks": [row | {"host": "one", "cores": 1} for row in HEALTHY["ranks"]]}, {}, "3 ranks train on 1 cores"),
         ({"ranks": [row | {"host": "one", "device": "cuda:0"} for row in HEALTHY["ranks"]]}, {}, "share 1 GPU"),
         ({"versions": {"mpi4py": None}}, {}, "slora-dist[mpi]"),
@@ -50,3 +56,29 @@ def test_nothing_to_mend() -> None:
 def test_advice(change: dict[str, Any], environ: dict[str, str], words: str) -> None:
     (line,) = doctor.advise(HEALTHY | change, environ)
     assert words in line
+
+
+def test_threads_that_a_run_has_are_not_advised() -> None:
+    found = HEALTHY | {"ranks": [row | {"host": "one", "cores": 8} for row in HEALTHY["ranks"]]}
+    assert doctor.advise(found, {}, threads=2) == []
+
+
+def test_a_config_chooses_the_transport_and_the_threads_that_were_set_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor sets the run's threads itself: what stood in the environment before is what it judges."""
+    asked: dict[str, Any] = {}
+
+    def connect(backend: str, *_: object) -> Alone:
+        asked["backend"] = backend
+        return Alone()
+
+    def examine(_: object, __: object, environ: dict[str, str], *___: object) -> None:
+        asked["threads"] = environ["OMP_NUM_THREADS"]
+
+    monkeypatch.setattr("slora_dist.comm.connect", connect)
+    monkeypatch.setattr("slora_dist.doctor.examine", examine)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "8")
+    assert main(["doctor", str(TINY), "comm.backend=mpi"]) == 0
+    assert asked == {"backend": "mpi", "threads": "8"}
+    assert main(["doctor", str(TINY), "comm.backend=mpi", "--backend", "gloo"]) == 0
+    assert asked["backend"] == "gloo"

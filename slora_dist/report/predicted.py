@@ -5,11 +5,10 @@ from pathlib import Path
 from statistics import fmean
 
 from slora_dist import personal
+from slora_dist.network import agreements
 from slora_dist.report.read import Line, Run
 
-PARTS = ("broadcast", "train", "upload", "server", "control", "round")
-AGREED = ("scale", "key")  # kinds of what clients exchange before an update of an exact sum leaves
-Parts = dict[str, float]  # mean seconds of a round, by PARTS
+Parts = dict[str, float]  # mean seconds of a round, by the parts that ``timing`` foretells, and of all of it
 
 
 def predicted(run: Run, machine: Path | None) -> dict[str, Parts] | None:
@@ -35,7 +34,7 @@ def predicted(run: Run, machine: Path | None) -> dict[str, Parts] | None:
 def measured(run: Run) -> dict[str, Parts]:
     """Return the same parts as the run had them: on emulated links those of the links, else those of the transport."""
     rounds = {phase: [_round(run, line) for line in run.rounds if line["phase"] == phase] for phase in run.phases}
-    return {phase: {part: fmean(one[part] for one in found) for part in PARTS} for phase, found in rounds.items()}
+    return {phase: {part: fmean(one[part] for one in found) for part in found[0]} for phase, found in rounds.items()}
 
 
 def _round(run: Run, record: Line) -> Parts:
@@ -48,10 +47,11 @@ def _round(run: Run, record: Line) -> Parts:
     alone = run.world["size"] == 1
     besides = ("communicate", "evaluate", "overlapped", *(["train"] if alone else []))
     lines = [line for line in run.ledger if line["round"] == record["round"]]
-    notes = [line for line in lines if line["direction"] == "control" and line["kind"] not in (*personal.KINDS, *AGREED)]
+    agreed = agreements(run.config, len(record["clients"]))
+    notes = [line for line in lines if line["direction"] == "control" and line["kind"] not in (*personal.KINDS, *agreed)]
     spans = [line for line in run.timeline if line["round"] == record["round"] and line["what"] == "train"]
     train = max(_by_rank(spans, 0).values(), default=0.0)
-    upload = sum(line["seconds"] for line in lines if (line["direction"] == "up" or line["kind"] in AGREED) and line["rank"] == 0)
+    upload = sum(line["seconds"] for line in lines if (line["direction"] == "up" or line["kind"] in agreed) and line["rank"] == 0)
     return {
         "broadcast": max(_by_rank((line for line in lines if line["direction"] == "down"), 1).values(), default=0.0),
         "train": train,

@@ -20,10 +20,11 @@ from slora_dist.plan import plan
 from slora_dist.report import curves, gantt, tables, traffic
 from slora_dist.report.blocks import Table
 from slora_dist.report.page import Options, report
-from slora_dist.report.predicted import PARTS, measured, predicted
+from slora_dist.report.predicted import measured, predicted
 from slora_dist.report.read import Run, group, load
 from slora_dist.runfolder import RunFolder
 from slora_dist.show import size
+from slora_dist.timing import PARTS
 from tests.ranks import run_ranks
 from tests.report.made import make
 from tests.tiny import SHORT, tiny
@@ -166,7 +167,7 @@ def test_a_prediction_stands_beside_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(machine))
     foretold = predicted(run, path)
-    assert foretold and set(foretold) == {"sparse", "lowrank"} and set(foretold["sparse"]) == set(PARTS)
+    assert foretold and set(foretold) == {"sparse", "lowrank"} and set(foretold["sparse"]) == {*PARTS, "round"}
     table = tables.prediction(foretold, found)
     assert list(table.rows[1][:2]) == ["sparse", "train"] and table.rows[1][4] == f"{foretold['sparse']['train'] / 4:.2f}"
     assert "A round, predicted and measured" in report([run.path], tmp_path / "out", Options(machine=path)).read_text()
