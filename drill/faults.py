@@ -2,13 +2,14 @@
 compared bit for bit.
 """
 
+import dataclasses
 import json
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from drill import sabotage
-from drill.one import HEALING, PATIENCE, PATIENT, RANKS, ROUNDS, SECONDS, Drill, Fault, Outcome, away
+from drill.one import HEALING, PATIENCE, PATIENT, RANKS, ROUNDS, SECONDS, Drill, Fault, Outcome, away, payload
 from drill.ranks import STEP, Saboteur, rounds
 from drill.sabotage import POINTS, ROOT_POINTS
 from slora_dist.comm.line import FRAME_SECONDS
@@ -34,6 +35,15 @@ def kill_chooser(drill: Drill) -> Outcome:
     """A client that has helped to choose the mask is gone in the first round, when all have sent: the others choose and train anew."""
     drill.number = 1
     return kill(drill, "method.sparse.mask=gradient", points=("ledger",))
+
+
+def kill_sampled(drill: Drill) -> Outcome:
+    """Not every client is in every round, and who lacks what follows from the rounds before, of which the dead one was part."""
+    drill.number = 8
+    settings = ("clients.per_round=2", "method.lowrank.rule=ffa")
+    outcome = kill(drill, *settings, points=("broadcast",))
+    twin = drill.reference(*settings, away({drill.client: [drill.number]}))
+    return dataclasses.replace(outcome, equal=outcome.equal and payload(drill.run) == payload(twin))
 
 
 def kill_two(drill: Drill) -> Outcome:
@@ -229,6 +239,7 @@ FAULTS: dict[str, Fault] = {
 ON_DEMAND: dict[str, Fault] = {  # played only where they are named
     "kill, masked": kill_masked,
     "kill, chooser": kill_chooser,
+    "kill, sampled": kill_sampled,
     "suspend": suspend,
     "stop rank 0": stop_root,
     "replace, sealed": _with(replace, "comm.encrypt=true"),

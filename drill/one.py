@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,15 @@ Fault = Callable[[Drill], Outcome]
 def away(clients: Mapping[int, Sequence[int]]) -> str:
     """Return the setting by which clients are away: {client: [from round, to round]}, to the end where the second is missing."""
     return "clients.away={" + ", ".join(f"{client}: {list(rounds)}" for client, rounds in clients.items()) + "}"
+
+
+def payload(run: Path) -> Counter[tuple[int, str, str]]:
+    """Return the bytes that a run's ledger has by round, direction and kind, without control."""
+    sums: Counter[tuple[int, str, str]] = Counter()
+    for line in map(json.loads, (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()):
+        for kind, nbytes in line["bytes_by_kind"].items() if line["direction"] in ("up", "down") else ():
+            sums[line["round"], line["direction"], kind] += nbytes
+    return sums
 
 
 def _bits(run: Path) -> bytes:

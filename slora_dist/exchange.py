@@ -8,7 +8,7 @@ Where clients have factors of different ranks, a group goes down in bands of ran
 message for every rank that the round's clients have.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property, partial
@@ -40,7 +40,8 @@ class Exchange:
     """The messages of the phase that begins with round ``first`` of the run and moves ``coordinates``, of which ``pairs`` are factors.
 
     ``members`` of ``size`` ranks are there; ``among(size, members)`` is the same phase with others. ``everybody`` are the clients whose
-    ranks are there, whether they take part in a round or not.
+    ranks are there, whether they take part in a round or not. ``gone`` are the clients that were not there in rounds that others may have
+    played: {round: clients}.
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class Exchange:
         pairs: Sequence[Pair],
         size: int = 1,
         members: Sequence[int] = (0,),
+        gone: Mapping[int, Collection[int]] | None = None,
     ) -> None:
         self.phase, self.first, self.rounds, self.coordinates = phase, first, phase.rounds, coordinates
         self._pairs, self._bands = pairs, list(pairwise(sorted({Fraction(0), *phase.portions})))
         self.everybody = tuple(sorted(set(range(config.clients.count)) - lost(config, size, members)))
         self.behaviour: Behaviour = behaviour(phase)
         self.holds = self.behaviour.holds or config.server.aggregate != "mean"
-        self._sample = cache(lambda number: sample(config, number, absent(config, number, size, members)))
+        self._sample = cache(lambda number: sample(config, number, (gone or {}).get(number, absent(config, number, size, members))))
         self.among = partial(Exchange, config, phase, first, coordinates, pairs)
         self._part = cache(coordinates.part)
         self._settings, self._scaffold, self._kept = config.comm, config.clients.scaffold, tuple(config.clients.keep)

@@ -29,6 +29,12 @@ def test_a_mask_that_is_chosen_without_a_client_is_trained_with_from_the_start()
 
 
 @pytest.mark.launcher
+def test_what_clients_lack_after_a_death_is_what_they_would_lack_had_it_been_planned() -> None:
+    """In bytes, too: the accounts know who was there in which round."""
+    drilled("1", "--only", "kill, sampled")
+
+
+@pytest.mark.launcher
 def test_a_base_that_takes_something_over_is_the_same_for_those_who_are_left_and_so_is_its_account() -> None:
     """Residuals kept in the base, rules fedex and stack: each loses a rank in its low-rank phase, and passes its audit."""
     drilled("3", "--only", "kill, keep", "kill, fedex", "kill, stack", "--first", "15")

@@ -66,11 +66,19 @@ class Life:
 class Protocol:
     """The run as its settings describe it.
 
-    ``plan`` is ``plan.plan``'s, ``messages`` are those of each phase, ``sizes`` the clients' documents where every rank knows them.
+    ``plan`` is ``plan.plan``'s, ``messages`` are those of each phase, ``sizes`` the clients' documents where every rank knows them,
+    ``gone`` the clients that were not there in a round, as its record says.
     """
 
-    def __init__(self, config: Config, plan: Mapping[str, Any], messages: Mapping[str, Exchange], sizes: Sequence[int] | None) -> None:
-        self.config, self.plan, self.sizes = config, plan, sizes
+    def __init__(
+        self,
+        config: Config,
+        plan: Mapping[str, Any],
+        messages: Mapping[str, Exchange],
+        sizes: Sequence[int] | None,
+        gone: Mapping[int, Sequence[int]],
+    ) -> None:
+        self.config, self.plan, self.sizes, self.gone = config, plan, sizes, gone
         self.carried: Callable[[int], int] = partial(carried, payload=BUCKET - OVERHEAD) if config.comm.encrypt else int
         self.phases: list[Row] = []
         first = 1
@@ -85,6 +93,11 @@ class Protocol:
     def phase(self, number: int) -> Row:
         """Return the phase of round ``number``."""
         return next(phase for phase in reversed(self.phases) if phase["first"] <= number)
+
+    def exchange(self, phase: Row, life: Life) -> Exchange:
+        """Return the messages of a phase in a life."""
+        messages: Exchange = phase["messages"]
+        return messages.among(life.size, life.members, self.gone)
 
     def round_plan(self, number: int, life: Life) -> RoundPlan:
         """Return who plays in round ``number``."""
@@ -131,6 +144,9 @@ class Protocol:
             if not phase["messages"].stateless:
                 held = {"held": 4 * phase["trainable"]}
                 yield from ranks.broadcast(life.first, phase["phase"], "control", held, [1] * life.size)
+                if self.config.clients.min_clients:
+                    absent = {"absent": -(-(life.first - phase["first"]) * self.config.clients.count // 8)}
+                    yield from ranks.broadcast(life.first, phase["phase"], "control", absent, [1] * life.size)
 
     def _open(self, phase: Row, number: int, ranks: "_Ranks") -> Iterator[Want]:
         if selection := phase["messages"].selection:
@@ -161,7 +177,7 @@ class Protocol:
 
     def _round(self, phase: Row, number: int, ranks: "_Ranks", collective: str) -> Iterator[Want]:
         plan = self.round_plan(number, ranks.life)
-        name, exchange = phase["phase"], phase["messages"].among(ranks.size, ranks.life.members)
+        name, exchange = phase["phase"], self.exchange(phase, ranks.life)
         for message in exchange.down(number):
             concerned = [len(set(plan.played_by(rank)) & set(message.clients)) for rank in range(ranks.size)]
             yield from ranks.broadcast(number, name, "down", message.wires.down.by_kind(), concerned)

@@ -24,10 +24,10 @@ class Run:
         unwritten = None if self.finished else self.done + 1  # a round without a record: its lines go when the run is resumed
         ledger, self.counters = ([line for line in folder.lines(name) if line["round"] != unwritten] for name in ("ledger", "counters"))
         self.ledger = [line for line in ledger if line["kind"] != BROKEN]  # a round that was broken off obeys no protocol
-        missing = {record["round"]: record["missing"]["ranks"] for record in self.metrics if "missing" in record}
+        ranks, clients = ({one["round"]: one["missing"][who] for one in self.metrics if "missing" in one} for who in ("ranks", "clients"))
         sizes = Federation(self.config, tokenizer(self.config.model)).sizes
-        self.protocol = Protocol(self.config, self.plan, exchanges(self.config, self.classifier), sizes)
-        self.lives = self.protocol.lives(self.ledger, self.done, missing)
+        self.protocol = Protocol(self.config, self.plan, exchanges(self.config, self.classifier), sizes, clients)
+        self.lives = self.protocol.lives(self.ledger, self.done, ranks)
 
     def life(self, number: int) -> Life:
         """Return the life that played round ``number``."""

@@ -40,7 +40,7 @@ def _planned(run: Run, found: _Sums) -> _Sums:
     for number in range(1, run.done + 1):
         phase = run.protocol.phase(number)
         life = run.life(number)
-        exchange = phase["messages"].among(life.size, life.members)
+        exchange = run.protocol.exchange(phase, life)
         sent = [("up", message.wires.up, len(message.clients)) for message in exchange.up(number)]
         sent += [("down", message.wires.down, len(message.clients)) for message in [*exchange.down(number), *exchange.folds(number)]]
         for way, wire, clients in sent:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +86,24 @@ def restore(seat: Seat, at: int, number: int, resumed: Checkpoint | None) -> Sta
     if not stage.exchange.stateless:
         wire_B = stage.held_N.view(torch.uint8)
         seat.comm.broadcast(wire_B, stage.label(number + 1, "control", {"held": wire_B.numel()}), clients=1)
+        if seat.config.clients.min_clients:
+            gone = _gone(seat, stage, number, resumed)
+            stage.exchange = stage.exchange.among(seat.comm.size, seat.comm.members, gone)
     return stage
+
+
+def _gone(seat: Seat, stage: Stage, last: int, resumed: Checkpoint | None) -> dict[int, set[int]]:
+    """Return the clients that were not there in each round of a phase up to round ``last``: what a client lacks follows from them."""
+    rounds = range(stage.first, last + 1)
+    gone = np.zeros((len(rounds), seat.config.clients.count), dtype=np.bool_)
+    if resumed:
+        for record in (*seat.folder.lines("metrics"), resumed.values["unjudged"]):
+            if record and record["round"] in rounds:
+                gone[record["round"] - stage.first, record["missing"]["clients"]] = True
+    wire_B = torch.from_numpy(np.packbits(gone))
+    seat.comm.broadcast(wire_B, stage.label(last + 1, "control", {"absent": wire_B.numel()}), clients=1)
+    told = np.unpackbits(wire_B.numpy(), count=gone.size).reshape(gone.shape)
+    return {number: set(np.flatnonzero(row).tolist()) for number, row in zip(rounds, told, strict=True)}
 
 
 def _enter(seat: Seat, at: int, mask: Callable[[str, int, Selection], Tensor], choice: Choice) -> Stage:
