@@ -2,11 +2,13 @@
 
 import struct
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from slora_dist.config import Config
+from slora_dist.errors import RunError
 from slora_dist.evaluate import Tally, perplexity
 
 KINDS = ("evaluation", "score")  # in the ledger, direction control: the offset that is judged, a client's answer
@@ -28,8 +30,11 @@ def pack(tally: Tally) -> bytes:
 
 
 def unpack(answer: bytes) -> Tally:
-    """Read a client's answer."""
-    return Tally(*_ANSWER.unpack(answer))
+    """Read a client's answer; raises ``RunError`` on one that no evaluation gives."""
+    tally = Tally(*_ANSWER.unpack(answer))
+    if not (0 <= tally.right <= tally.count and isfinite(tally.loss) and tally.loss >= 0):
+        raise RunError(f"a client's score that cannot be: {tally.right} of {tally.count} right, loss {tally.loss}")
+    return tally
 
 
 def figures(tallies: Sequence[Tally], task: str) -> dict[str, Any]:

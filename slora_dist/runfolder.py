@@ -105,6 +105,8 @@ class RunFolder:
             shutil.rmtree(base / name, ignore_errors=True)
             draft.rename(base / name)
         with writing(base / "latest"):
+            for record in self.path.glob("*.jsonl"):  # a checkpoint must not outlast the lines of its rounds, epsilon's among them
+                sync(record)
             sync(base)
             replace(base / "latest", name)
             sync(base)  # before the one before is deleted: after a power failure one of the two is named, and there

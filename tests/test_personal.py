@@ -11,7 +11,7 @@ from slora_dist import adapters, methods, model, personal, show
 from slora_dist.audit.checks import audit
 from slora_dist.data.federation import Federation, class_names
 from slora_dist.data.partition import hold_out
-from slora_dist.errors import ConfigError
+from slora_dist.errors import ConfigError, RunError
 from slora_dist.evaluate import Tally, evaluate
 from slora_dist.model import shell
 from slora_dist.plan import plan
@@ -59,7 +59,13 @@ def test_figures_count_every_client_that_has_documents_alike() -> None:
     assert told["accuracy"] == {"mean": pytest.approx((0.1 + 1 + 0.5) / 3), "min": 0.1, "p10": pytest.approx(0.18)}
     assert told["loss"] == {"mean": pytest.approx(3.5 / 3), "max": 2.0, "p90": pytest.approx(1.8)}
     assert personal.figures([Tally(0, 0, 0.0)], "causal_lm") == {"count": 0}
-    assert personal.unpack(personal.pack(Tally(3, 2**40, -0.1))) == Tally(3, 2**40, -0.1)
+    assert personal.unpack(personal.pack(Tally(3, 2**40, 0.1))) == Tally(3, 2**40, 0.1)
+
+
+@pytest.mark.parametrize("tally", [Tally(3, 2, 0.1), Tally(-1, 2, 0.1), Tally(1, 2, -0.1), Tally(1, 2, float("nan"))])
+def test_a_score_that_cannot_be_is_refused(tally: Tally) -> None:
+    with pytest.raises(RunError, match="a client's score that cannot be"):
+        personal.unpack(personal.pack(tally))
 
 
 def test_without_what_is_kept_it_is_the_score_of_the_saved_model(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ def listen(host: str, port: int, world: World) -> int:
     Only where that would shut ranks out it listens at all of them: when others are elsewhere and the name leads rank 0 to its own loopback
     (as Debian's 127.0.1.1 does), or when the address is that of a relay in front of this machine.
     """
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise RuntimeError(f"cannot listen at {host}: the name leads nowhere ({error}); MASTER_ADDR says another") from None
     own = ipaddress.ip_address(address[0])
     try:
         if world.size > world.local_size and own.is_loopback:

@@ -144,6 +144,12 @@ def test_the_stores_socket_is_the_one_that_was_opened_for_it() -> None:
         socket.create_connection(("127.0.0.2", port), timeout=5)  # a store left to itself answers there, too
 
 
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 80])
+def test_a_name_that_leads_nowhere_is_said(host: str) -> None:
+    with pytest.raises(RunError, match=f"rank 0: connect failed: cannot listen at {host}: the name leads nowhere .*MASTER_ADDR"):
+        open_store(host, 29500, World(0, 2, 0, 1, 0, "slurm"), {})
+
+
 def test_a_port_in_use_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
