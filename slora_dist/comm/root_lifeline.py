@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from slora_dist.comm.lifeline import ALIVE, BEAT, BYE, GENERATION_BYTES, MEET, OVER, READY, REFUSED, Healing, Loss, Meeting, RankLifeline
 from slora_dist.comm.line import Line, answer, await_sign, reason_of
@@ -148,6 +149,11 @@ class RootLifeline:
         finally:
             self._pending.release()
         with self._change:
+            if self._closed:  # the run has ended while it introduced itself
+                with suppress(OSError):
+                    line.send(BYE)
+                line.close()
+                return
             if rank in self._lines:
                 say(0, f"refused a connection from {address}: rank {rank} is here already")
                 connection.close()

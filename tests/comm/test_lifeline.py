@@ -151,12 +151,19 @@ def test_a_rank_that_has_joined_may_still_be_sent_away_and_others_may_not() -> N
         assert meet(root, ranks[2]) == [Meeting(3, (0, 2))] * 2 and root.losses[-1].reason == str(error)
 
 
-def test_a_newcomer_that_comes_to_the_end_does_not_wait() -> None:
+@pytest.mark.parametrize("introduced", [True, False], ids=["introduced", "still introducing itself"])
+def test_a_newcomer_that_comes_to_the_end_does_not_wait(introduced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(*_: object) -> bytes:
+        root.close()
+        return SESSION
+
     with world(2) as (root, ranks):
         meet(root, *ranks.values())
         root.session = SESSION
         ranks[1]._line.socket.shutdown(socket.SHUT_RDWR)
         assert meet(root) == [Meeting(1, (0,))]
+        if not introduced:
+            monkeypatch.setattr(root, "_judge", end)
         ranks[1] = RankLifeline(HOST, root.port, 1, healing(joins=True), SECONDS)
         root.close()
         with pytest.raises(RunError, match="the run has ended"):
