@@ -112,7 +112,11 @@ class Job:
                 self.tracker = Scalars(track, self.folder.path.name, settings, self.folder.path / track, earlier)
         except ConfigError as error:
             problem = error
-        agree(self.comm, problem)
+        try:
+            agree(self.comm, problem)
+        except ConfigError:
+            self.folder.discard()
+            raise
         assert session
         return session
 

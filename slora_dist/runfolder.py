@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import inf
@@ -49,6 +50,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.adapter = self.path / "adapter"
+        self._created = False
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
@@ -64,6 +66,14 @@ class RunFolder:
             )
         except OSError as error:
             raise ConfigError("--out", f"{self.path} cannot be written ({error.strerror})", "a folder that you may write to") from None
+        self._created = True
+
+    def discard(self) -> None:
+        """Take back what ``create`` has made, if it has, for a start that is refused: the corrected command finds no run there."""
+        if self._created:
+            (self.path / "config.json").unlink()
+            with suppress(OSError):  # something else is in it
+                self.path.rmdir()
 
     def exists(self) -> bool:
         """Whether a run is there."""

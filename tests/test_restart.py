@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slora_dist.cli import main
+from slora_dist.errors import ConfigError
 from slora_dist.runfolder import RunFolder
 from tests.tiny import ROOT, SHORT, TINY, run, same
 
@@ -31,6 +32,17 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is one that torchrun has started anew: its agent is the parent."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+def test_a_start_that_is_refused_does_not_stand_in_the_way_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a tracker that is not there, after the folder was made; a run that was there before stays."""
+    command = ["train", str(TINY), *SHORT, "--out", str(tmp_path / "run"), "--stop-after", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("slora_dist.job.Scalars", lambda *_: (_ for _ in ()).throw(ConfigError("--track", "not installed", "another")))
+        assert main([*command, "--track", "tensorboard"]) == 2 and not (tmp_path / "run").exists()
+        assert main(command) == 0
+        assert main(["train", "--resume", str(tmp_path / "run"), "--track", "tensorboard"]) == 2
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.usefixtures("started")
