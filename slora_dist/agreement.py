@@ -13,13 +13,10 @@ from slora_dist.ledger import Label
 from slora_dist.wire import as_bytes
 
 
-def gather_bytes(comm: Metered, mine: bytes, label: Label, room: int = 0) -> dict[int, bytes]:
-    """Bring every rank's ``mine`` to rank 0: {rank: bytes} there, in rank order; empty elsewhere. Sizes may differ.
-
-    With ``room`` for most of them they take one transfer each in place of two.
-    """
+def gather_bytes(comm: Metered, mine: bytes, label: Label) -> dict[int, bytes]:
+    """Bring every rank's ``mine`` to rank 0: {rank: bytes} there, in rank order; empty elsewhere. Sizes may differ."""
     parts: dict[int, bytearray] = {}
-    for at, _, chunk_b in comm.gather([as_bytes(mine)], comm.members, label, None, room=room):
+    for at, _, chunk_b in comm.gather([as_bytes(mine)], comm.members, label, None):
         parts.setdefault(comm.members[at], bytearray()).extend(chunk_b.numpy().tobytes())
     return {rank: bytes(part) for rank, part in parts.items()}
 

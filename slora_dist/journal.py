@@ -18,8 +18,6 @@ from slora_dist.counters import Counters, place
 from slora_dist.errors import RunError
 from slora_dist.ledger import Entry, Ledger, Row, broken_off, line
 
-ROOM = 4088  # bytes of notes that travel with their announcement, 4 KiB in all: those of a rank with a few clients
-
 
 @dataclass(frozen=True)
 class _Span:
@@ -99,7 +97,7 @@ class Journal:
             "place": self._place,
         }
         self._spans = []
-        return json.dumps(notes, separators=(",", ":")).encode()
+        return json.dumps(notes).encode()
 
     def recall(self, done: int) -> None:
         """Take back what was told last, of collectives that came to nothing, unless rank 0 had it: the run goes on after round ``done``."""

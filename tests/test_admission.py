@@ -54,7 +54,7 @@ class Threads(Alone):
         wire_B.copy_(self.table[0])
         self.meeting.wait(30)
 
-    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
         (self.table[self.rank],) = messages
         self.meeting.wait(30)
         found = [(rank, 0, self.table[rank]) for rank in senders if self.rank == 0]
@@ -140,10 +140,10 @@ class Between(Alone):
     def broadcast(self, wire_B: Tensor) -> None:
         self._carry(wire_B)
 
-    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
         (message_B,) = messages
         self._carry(message_B)
-        return super().gather([message_B], senders, nbytes, room)
+        return super().gather([message_B], senders, nbytes)
 
     def _carry(self, wire_B: Tensor) -> None:
         if self.carried == self.at:
@@ -178,7 +178,7 @@ class Stranger(Alone):
     def broadcast(self, wire_B: Tensor) -> None:
         wire_B.zero_()
 
-    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
         return iter(())
 
 

@@ -66,12 +66,12 @@ class Peer(Alone):
         super().__init__(64)
         self.message_B = message_B
 
-    def gather(self, messages: Any, senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Any]:
+    def gather(self, messages: Any, senders: Sequence[int], nbytes: int | None) -> Iterator[Any]:
         if nbytes == 8:  # the magnitude for an exact sum
-            return super().gather([torch.ones(1, dtype=torch.float64).view(torch.uint8)], senders, nbytes, room)
+            return super().gather([torch.ones(1, dtype=torch.float64).view(torch.uint8)], senders, nbytes)
         if nbytes not in (None, self.message_B.numel()):
             raise RunError("the transport has other sizes")
-        return super().gather([self.message_B], senders, nbytes, room)
+        return super().gather([self.message_B], senders, nbytes)
 
 
 def receive(wire: Wire | TopK | Fixed, message_B: Tensor) -> None:

@@ -34,10 +34,10 @@ class Tapped(Alone):
         super().__init__()
         self.gathered: list[list[bytes]] = []
 
-    def gather(self, messages: Any, senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Any]:
+    def gather(self, messages: Any, senders: Sequence[int], nbytes: int | None) -> Iterator[Any]:
         kept = [message_B.clone() for message_B in messages]
         self.gathered.append([message_B.numpy().tobytes() for message_B in kept])
-        return super().gather(kept, senders, nbytes, room)
+        return super().gather(kept, senders, nbytes)
 
 
 def mean(clients: Sequence[int], support: Support, bits: Any, secure: bool, comm: Alone | None = None) -> Tensor:

@@ -26,7 +26,7 @@ class Alone:
         """Change nothing."""
         check_wire(wire_B)
 
-    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
         """Yield the own messages from memory, cut as every transport cuts them."""
         assert not any(senders)
         for index, (_, message_b) in enumerate(zip(senders, messages, strict=True)):

@@ -39,14 +39,12 @@ class Communicator(Protocol):
     def broadcast(self, wire_B: Tensor) -> None:
         """Overwrite ``wire_B`` on every rank by that of rank 0. Flat contiguous uint8 on any device, of the same size on all ranks."""
 
-    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
         """Bring messages to rank 0 in order, in chunks.
 
         ``senders[i]`` is the rank that sends message i, the same sequence on all ranks. ``messages`` are this rank's own ones in that
         order: flat contiguous uint8, unchanged until the iterator is exhausted. They may be produced lazily: a message is on its way while
         the next one is produced. ``nbytes`` is the size of each message where all ranks know it; with None every message announces its own.
-        An announcement has ``room`` for so many bytes: a message that fits travels within it. That saves a transfer, and costs the bytes
-        that are left empty.
 
         Yields on rank 0 (i, offset, chunk_b): CPU chunks of ``bucket`` bytes or less, strictly in order of i and offset, valid until the
         iterator's next step. An empty message yields one empty chunk. The next chunk is received while one is consumed, memory is

@@ -35,7 +35,7 @@ class Metered:
         self._note(label, "broadcast", clients, moved, Timing(began, time.perf_counter() - began))
 
     def gather(
-        self, messages: Iterable[Tensor], senders: Sequence[int], label: Label, nbytes: int | None, header: bool = False, room: int = 0
+        self, messages: Iterable[Tensor], senders: Sequence[int], label: Label, nbytes: int | None, header: bool = False
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the messages on rank 0 as ``Communicator.gather`` does; time spent making or using them is not counted.
 
@@ -48,7 +48,7 @@ class Metered:
         received = 0
         clock.start()
         try:
-            for item in self.comm.gather(made, senders, nbytes, room):
+            for item in self.comm.gather(made, senders, nbytes):
                 received += self.carried(item[2].numel()) * (senders[item[0]] != self.rank)
                 clock.stop()
                 arrived[item[0]] = (clock.now, clock.outside)

@@ -116,9 +116,9 @@ class MpiComm:
             for _, part in cut(bytes_B, LARGEST):
                 self._run("broadcast", partial(self._ranks.Ibcast, part.numpy(), 0))
 
-    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
         """Bring messages to rank 0 in order, in chunks. A message must not be made with MPI calls."""
-        return stream.gather(self, messages, senders, nbytes, room)
+        return stream.gather(self, messages, senders, nbytes)
 
     def reduce(self, values: Tensor) -> None:
         """Sum to rank 0, in place."""

@@ -67,7 +67,7 @@ class Sealed:
                 self._agree(total == wire_B.numel(), 0, "broadcast", f"a message of {total} bytes in place of {wire_B.numel()}")
                 wire_B[start : start + part_b.numel()] = part_b
 
-    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
         """Bring messages to rank 0, which opens each frame as it arrives."""
         self._operation += 1
         sealed = None if nbytes is None else self.carried(nbytes)
@@ -75,7 +75,7 @@ class Sealed:
         outgoing = (self._seal(self._checked(message_B, nbytes), index) for index, message_B in zip(own, messages, strict=True))
         opened: dict[int, int] = {}
         total = 0
-        for index, offset, frame_b in self.comm.gather(outgoing, senders, sealed, room and self.carried(room)):
+        for index, offset, frame_b in self.comm.gather(outgoing, senders, sealed):
             start = offset // (self.bucket + OVERHEAD) * self.bucket
             if start == 0:
                 self._complete(opened, total, senders)

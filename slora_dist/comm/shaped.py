@@ -40,14 +40,14 @@ class Shaped:
             self._passed = self.routing.down([self._link(rank) for rank in range(1, self.size)], wire_B.numel())[self.rank]
             self._sleep_until(self._passed.through)
 
-    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
         """Gather; rank 0 has the end of each message when the links would have carried it."""
         if not self.links:
-            yield from self.comm.gather(messages, senders, nbytes, room)
+            yield from self.comm.gather(messages, senders, nbytes)
             return
         own = list(messages)
         due, sizes = self._due([message_B.numel() for message_B in own], senders)
-        for index, offset, chunk_b in self.comm.gather(own, senders, nbytes, room):
+        for index, offset, chunk_b in self.comm.gather(own, senders, nbytes):
             if offset + chunk_b.numel() == sizes[index]:
                 self._sleep_until(due[index])
             yield index, offset, chunk_b

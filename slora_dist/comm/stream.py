@@ -55,16 +55,13 @@ class _Piece:
         return self.message, self.offset, self.chunk_b
 
 
-def gather(link: Link, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+def gather(link: Link, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
     """Do what ``Communicator.gather`` promises over ``link``."""
-    room = min(room, link.bucket)
     if link.rank != 0:
-        _send(link, messages, senders, nbytes, room)
+        _send(link, messages, senders, nbytes)
         return
     ahead: _Piece | None = None
-    for piece in _pieces(
-        link, messages, senders, nbytes, room
-    ):  # asking for a piece posts it: so it travels while the one before is consumed
+    for piece in _pieces(link, messages, senders, nbytes):  # asking for a piece posts it: so it travels while the one before is consumed
         if ahead:
             yield ahead.arrive()
         ahead = piece
@@ -72,29 +69,19 @@ def gather(link: Link, messages: Iterable[Tensor], senders: Sequence[int], nbyte
         yield ahead.arrive()
 
 
-def _send(link: Link, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int) -> None:
+def _send(link: Link, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> None:
     own = [index for index, sender in enumerate(senders) if sender == link.rank]
     transfers: list[Transfer] = []
     for index, message_b in zip(own, messages, strict=True):
         check_wire(message_b, nbytes)
-        header = [] if nbytes is not None else [_announcement(message_b, room)]
-        parts = [part for _, part in cut(message_b, link.bucket)] if message_b.numel() > (room if header else 0) else []
+        header = [] if nbytes is not None else [torch.tensor([message_b.numel()]).view(torch.uint8)]
+        parts = [part for _, part in cut(message_b, link.bucket)] if message_b.numel() else []
         transfers += [link.send(part, index + 1) for part in header + parts]
     for transfer in transfers:
         transfer.wait()
 
 
-def _announcement(message_b: Tensor, room: int) -> Tensor:
-    """Return the size of a message, and the message itself where there is room for it."""
-    size = message_b.numel()
-    header_b = torch.zeros(HEADER + room, dtype=torch.uint8)
-    header_b[:HEADER].view(torch.int64)[0] = size
-    if size <= room:
-        header_b[HEADER : HEADER + size] = message_b
-    return header_b
-
-
-def _pieces(link: Link, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int) -> Iterator[_Piece | None]:
+def _pieces(link: Link, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[_Piece | None]:
     """Post every piece in order. None comes before a step that may take long, so that what has arrived is handed over first."""
     own = iter(messages)
     largest = link.bucket if nbytes is None else min(link.bucket, nbytes)
@@ -106,13 +93,12 @@ def _pieces(link: Link, messages: Iterable[Tensor], senders: Sequence[int], nbyt
         elif nbytes is not None:
             yield from _incoming(link, index, sender, nbytes, buffers)
         else:
-            header_b = torch.empty(HEADER + room, dtype=torch.uint8)
-            announced = link.receive(header_b, sender)
+            header = torch.empty(HEADER, dtype=torch.uint8)
+            announced = link.receive(header, sender)
             yield None
             announced.wait()
-            size = _checked(link, int(header_b[:HEADER].view(torch.int64)), index, sender)
-            here = size <= room
-            yield from [_Piece(index, 0, header_b[HEADER:][:size], None)] if here else _incoming(link, index, sender, size, buffers)
+            size = _checked(link, int(header.view(torch.int64)), index, sender)
+            yield from _incoming(link, index, sender, size, buffers)
     assert next(own, None) is None, "more messages than senders"
 
 

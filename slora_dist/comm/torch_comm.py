@@ -122,9 +122,9 @@ class TorchComm:
         if wire_B.numel():
             self._collective("broadcast", wire_B, lambda tensor: dist.broadcast(tensor, 0, async_op=True))
 
-    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
         """Bring messages to rank 0 in order, in chunks. A rank keeps its messages until all are sent: gloo cannot tell before."""
-        return stream.gather(self, messages, senders, nbytes, room)
+        return stream.gather(self, messages, senders, nbytes)
 
     def reduce(self, values: Tensor) -> None:
         """Sum to rank 0, in place."""

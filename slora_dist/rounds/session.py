@@ -22,7 +22,7 @@ from slora_dist.evaluate import figures
 from slora_dist.exactsum import exact
 from slora_dist.exchange import Message
 from slora_dist.export import Result
-from slora_dist.journal import ROOM, settle
+from slora_dist.journal import settle
 from slora_dist.ledger import Label, Row, totals
 from slora_dist.log import say
 from slora_dist.roundplan import RoundPlan, plan_round, present
@@ -134,7 +134,7 @@ class Session:
             trained = [one.seconds for one in received.headers]
             record["network"] = self.seat.network.seconds(plan, number, nbytes, trained, received.seconds)
         self.where.operation = "ledger"
-        notes = gather_bytes(self.comm, self.journal.take(number), stage.label(number, "control", {"ledger": 0}), ROOM)
+        notes = gather_bytes(self.comm, self.journal.take(number), stage.label(number, "control", {"ledger": 0}))
         if self.is_root:
             settled = settle(notes, self.clocks)
             lines = [line for line in settled["ledger"] if line["round"] == number]

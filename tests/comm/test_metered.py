@@ -66,7 +66,7 @@ class Broken(Alone):
         super().__init__()
         self.rank, self.size, self.after = rank, 3, after
 
-    def gather(self, messages: Any, senders: Any, nbytes: Any, room: int = 0) -> Iterator[Any]:
+    def gather(self, messages: Any, senders: Any, nbytes: Any) -> Iterator[Any]:
         for at in range(self.after):
             if self.rank == 0:
                 yield at, 0, torch.zeros(nbytes, dtype=torch.uint8)
@@ -137,7 +137,7 @@ class Slow(Alone):
         super().__init__()
         self.clock = clock
 
-    def gather(self, messages: Any, senders: Any, nbytes: int | None, room: int = 0) -> Iterator[tuple[int, int, Tensor]]:
+    def gather(self, messages: Any, senders: Any, nbytes: int | None) -> Iterator[tuple[int, int, Tensor]]:
         own = iter(messages)
         for index in range(len(senders)):
             self.clock.now += 1.0

@@ -35,7 +35,7 @@ class Wiretap(Alone):
         else:
             wire_B.copy_(self.change(self.air)[-1])
 
-    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None, room: int = 0) -> Iterator[Chunk]:
+    def gather(self, messages: Iterable[Tensor], senders: Sequence[int], nbytes: int | None) -> Iterator[Chunk]:
         if self.rank:
             self.air.extend(message_B.clone() for message_B in messages)
             return

@@ -51,27 +51,27 @@ def content(index: int, nbytes: int) -> Tensor:
     return ((torch.arange(nbytes) * 7 + index) % 253).to(torch.uint8)
 
 
-def gathered(sizes: Sequence[int], senders: Sequence[int], nbytes: int | None, root: Paper, room: int = 0) -> list[Tensor]:
+def gathered(sizes: Sequence[int], senders: Sequence[int], nbytes: int | None, root: Paper) -> list[Tensor]:
     """Play every sender, then rank 0, and put the messages together from their chunks."""
 
     def own(rank: int) -> Iterator[Tensor]:
         return (content(index, size) for index, (size, sender) in enumerate(zip(sizes, senders, strict=True)) if sender == rank)
 
     for rank in sorted(set(senders) - {0}):
-        assert list(stream.gather(Paper(rank, root.sent), own(rank), senders, nbytes, room)) == []
+        assert list(stream.gather(Paper(rank, root.sent), own(rank), senders, nbytes)) == []
     whole = [torch.empty(0, dtype=torch.uint8) for _ in sizes]
-    for index, offset, chunk_b in stream.gather(root, own(0), senders, nbytes, room):
+    for index, offset, chunk_b in stream.gather(root, own(0), senders, nbytes):
         assert offset == whole[index].numel() and all(not later.numel() for later in whole[index + 1 :])
         assert chunk_b.numel() <= BUCKET
         whole[index] = torch.cat([whole[index], chunk_b])
     return whole
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5 * BUCKET)), max_size=12), st.integers(0, 2 * BUCKET))
-def test_any_plan_arrives_whole_and_in_order(plan: list[tuple[int, int]], room: int) -> None:
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5 * BUCKET)), max_size=12))
+def test_any_plan_arrives_whole_and_in_order(plan: list[tuple[int, int]]) -> None:
     senders, sizes = [sender for sender, _ in plan], [size for _, size in plan]
     root = Paper(0, {})
-    for index, whole in enumerate(gathered(sizes, senders, None, root, room)):
+    for index, whole in enumerate(gathered(sizes, senders, None, root)):
         assert torch.equal(whole, content(index, sizes[index]))
     assert not any(root.sent.values()), "something was sent that rank 0 did not receive"
 
@@ -108,13 +108,6 @@ def test_a_message_is_sent_before_the_next_is_made() -> None:
     assert list(stream.gather(link, made(), [1, 2, 0, 2], None)) == []
     assert link.events == ["make 1", "send 8", "send 10", "make 3", "send 8", "send 10", "sent 8", "sent 10", "sent 8", "sent 10"]
     assert link.turns == [2, 2, 4, 4], "a send may have to wait for all messages that come before it"
-
-
-@pytest.mark.parametrize(("size", "transfers"), [(0, [28]), (20, [28]), (21, [28, 21])])
-def test_what_fits_into_its_announcement_travels_there(size: int, transfers: list[int]) -> None:
-    link = Paper(1, {})
-    list(stream.gather(link, iter([content(0, size)]), [1], None, room=20))
-    assert [chunk_b.numel() for chunk_b in link.sent[1]] == transfers
 
 
 @pytest.mark.parametrize("size", [-1, 1001, 1 << 62, -(1 << 63)])
