@@ -95,10 +95,8 @@ class RankLifeline:
         if self.generation >= 0:
             ready = self.generation.to_bytes(GENERATION_BYTES, "little")
         deadline = time.monotonic() + seconds
-        try:
+        with suppress(OSError):  # whoever hears is told why: a goodbye may be there, and must not be overtaken
             self._line.send(READY, ready)
-        except OSError as error:
-            self._leave(str(error))
         with self._change:
             while self._meeting.generation <= self.generation or self.rank not in self._meeting.members:
                 self.check()
