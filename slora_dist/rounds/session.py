@@ -44,7 +44,7 @@ class Session:
         self.clocks: dict[int, float] = {}  # rank 0: what each rank's monotonic clock lacks to Unix time
         self.clock_error = 0.0  # seconds by which they may be wrong
         self._finished: dict[int, tuple[Header, Tensor]] = {}  # updates of the round in hand, should it have to be played again
-        self._finished_in = 0, b""  # that round, and the mask that its phase has
+        self._finished_in: tuple[int, Tensor | None] = 0, None  # that round, and the mask that its phase has
         self._last: Stage | None = None
         self._unjudged: dict[str, Any] | None = None  # rank 0: the last round's record, while its score is to come in the next one
 
@@ -210,9 +210,9 @@ class Session:
 
         It does not where the phase has begun anew and its mask was chosen by those who are left: the coordinates are others then.
         """
-        within = number, b"" if stage.mask_B is None else stage.mask_B.numpy().tobytes()
-        if self._finished_in != within:
-            self._finished, self._finished_in = {}, within
+        finished_in, mask_B = self._finished_in
+        if finished_in != number or not _equal(mask_B, stage.mask_B):
+            self._finished, self._finished_in = {}, (number, stage.mask_B)
         for client in clients:
             sent = self._finished[client] if client in self._finished else training.update(self.seat, stage, number, client)
             if self.seat.group:
@@ -308,3 +308,7 @@ class Session:
             if stage.mask_B is not None:
                 held["mask"] = stage.mask_B
             self.folder.save_behind(Checkpoint(stage.server.state() | held, values))
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
