@@ -115,8 +115,8 @@ class RunFolder:
             shutil.rmtree(base / name, ignore_errors=True)
             draft.rename(base / name)
         with writing(base / "latest"):
-            for record in self.path.glob("*.jsonl"):  # a checkpoint must not outlast the lines of its rounds, epsilon's among them
-                sync(record)
+            for path in self._records():  # a checkpoint must not outlast the lines of its rounds, epsilon's among them
+                sync(path)
             sync(base)
             replace(base / "latest", name)
             sync(base)  # before the one before is deleted: after a power failure one of the two is named, and there
@@ -215,11 +215,15 @@ class RunFolder:
 
         Its own record goes where it is ``unjudged``.
         """
-        for path in (self.path / f"{name}.jsonl" for name in (*RECORDS, SUMS)):
-            if path.exists():
-                last = inf if path.stem == SUMS else rounds - (unjudged and path.stem == "metrics")
-                kept = [line for line in self.lines(path.stem) if line["round"] <= last]
-                replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+        for path in self._records():
+            last = inf if path.stem == SUMS else rounds - (unjudged and path.stem == "metrics")
+            kept = [line for line in self.lines(path.stem) if line["round"] <= last]
+            replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _records(self) -> list[Path]:
+        """Return the files of lines that are there."""
+        paths = (self.path / f"{name}.jsonl" for name in (*RECORDS, SUMS))
+        return [path for path in paths if path.exists()]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
