@@ -8,7 +8,6 @@ Legend: N coordinates, b a bucket of bytes.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -97,11 +96,8 @@ def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
     assert isinstance(wire, Wire)
     messages = (frame(header, wire.encode(delta_N.cpu())) for header, delta_N in updates)
     chunks = comm.gather(messages, upload.ranks, upload.label, HEADER_BYTES + wire.nbytes, header=True)
-    if comm.rank:
-        deque(chunks, 0)  # sends what this rank has, and receives nothing
-        return None
     kept = Kept(wire.support.numel) if upload.holds else None
-    mean = kept or Mean(wire.support.numel)
+    mean = kept or Mean(0 if comm.rank else wire.support.numel)  # the others receive nothing, and hold no sum
     spent, weight = 0.0, 1.0
     for message, offset, chunk_b in chunks:
         began = time.perf_counter()
@@ -113,7 +109,7 @@ def gather(comm: Metered, upload: Upload, updates: Updates) -> Received | None:
         body.take(chunk_b)
         mean.add(*wire.decode_chunk(offset - HEADER_BYTES, chunk_b), weight)
         spent += time.perf_counter() - began
-    return _received(upload, headers, mean, spent, kept)
+    return _received(upload, headers, mean, spent, kept) if comm.rank == 0 else None
 
 
 def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates) -> Received | None:
@@ -121,12 +117,9 @@ def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates)
     size = None if wire.varies else HEADER_BYTES + wire.nbytes
     messages = (frame(header, wire.encode(delta_N)) for header, delta_N in updates)
     chunks = comm.gather(messages, upload.ranks, upload.label, size, header=True)
-    if comm.rank:
-        deque(chunks, 0)  # sends what this rank has, and receives nothing
-        return None
     headers, spent = list[Header](), 0.0
     kept = Kept(wire.support.numel) if upload.holds else None
-    mean = kept or Mean(wire.support.numel)
+    mean = kept or Mean(0 if comm.rank else wire.support.numel)  # the others receive nothing, and hold no sum
     for message, whole_B in wholes(chunks, HEADER_BYTES + wire.most):
         began = time.perf_counter()
         expected = replace(upload.expected[message], body_bytes=whole_B.numel() - HEADER_BYTES)
@@ -136,7 +129,7 @@ def _gather_largest(comm: Metered, upload: Upload, wire: TopK, updates: Updates)
         mean.count(weight)
         mean.scatter(*wire.decode(whole_B[HEADER_BYTES:]), weight)
         spent += time.perf_counter() - began
-    return _received(upload, headers, mean, spent, kept)
+    return _received(upload, headers, mean, spent, kept) if comm.rank == 0 else None
 
 
 def wholes(chunks: Iterator[Chunk], most: int) -> Iterator[tuple[int, Tensor]]:
