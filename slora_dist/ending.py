@@ -63,7 +63,7 @@ class Witness:
         where.page = mmap.mmap(-1, PAGE)
         reader, self._writer = os.pipe()
         if os.fork() == 0:
-            _testify(rank, where, where.page, reader)
+            _testify(rank, where, reader)
         os.close(reader)
 
     def dismiss(self) -> None:
@@ -93,8 +93,9 @@ def speak_when_ended(rank: int, where: Where, witness: Witness | None) -> None:
     threading.Thread(target=wait, name="ending", daemon=True).start()
 
 
-def _testify(rank: int, where: Where, page: mmap.mmap, reader: int) -> NoReturn:
+def _testify(rank: int, where: Where, reader: int) -> NoReturn:
     """Wait for the rank's end: its pipe closes when it is gone, whatever killed it."""
+    assert where.page
     os.setsid()  # a signal for the rank's group is not for its witness
     for number in (*LEAVE, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -104,6 +105,6 @@ def _testify(rank: int, where: Where, page: mmap.mmap, reader: int) -> NoReturn:
             with suppress(OSError):  # the listing's own is gone already
                 os.close(fd)
     if not os.read(reader, 1):
-        last_words(rank, where, f"died in {page[:PAGE].decode(errors='replace').strip()}: killed, or out of memory?")
+        last_words(rank, where, f"died in {where.page[:PAGE].decode(errors='replace').strip()}: killed, or out of memory?")
     sys.stderr.flush()
     os._exit(0)
