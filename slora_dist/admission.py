@@ -142,7 +142,12 @@ def _answer(secret: bytes, challenge: bytes, rank: int, nonce: bytes, mine: Mapp
 def _verdict(secret: bytes, challenge: bytes, frames: list[bytes], mine: Mapping[str, Any]) -> bytes:
     """Judge all answers and return rank 0's message: its proof, the first refusal or nothing, and all nonces."""
     refusals = (_judge(secret, challenge, rank, frame, mine) for rank, frame in enumerate(frames))
-    text = json.dumps(next((refusal for refusal in refusals if refusal), None)).encode()
+    refusal = next((refusal for refusal in refusals if refusal), None)
+    text = json.dumps(refusal).encode()
+    if refusal and LENGTH_BYTES + len(text) > VERDICT_BYTES - PROOF_BYTES:  # a name or a value may be of any length and any letters
+        rank = refusal[0]
+        problem = f"rank {rank} is refused, for more than can be told here"
+        text = json.dumps([rank, ["slora_dist", problem, "the same on every rank"]]).encode()
     nonces = b"".join(frame[PROOF_BYTES : PROOF_BYTES + NONCE_BYTES] for frame in frames)
     body = (len(text).to_bytes(LENGTH_BYTES, "little") + text).ljust(VERDICT_BYTES - PROOF_BYTES, b"\0") + nonces
     return secrecy.proof(secret, b"verdict", challenge, body) + body

@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 Counts = dict[str, int]
@@ -20,10 +20,13 @@ _NAMES = ("sent_bytes", "received_bytes", "segments_out", "segments_in")
 _INFINIBAND_WORD = 4  # port_rcv_data and port_xmit_data count words of four bytes
 
 
-def connections() -> dict[str, Counts]:
-    """Return {socket: {sent_bytes, received_bytes, segments_out, segments_in}} of every TCP connection that this process has open."""
+def connections(beside: Collection[int] = ()) -> dict[str, Counts]:
+    """Return {socket: {sent_bytes, received_bytes, segments_out, segments_in}} of every TCP connection that this process has open.
+
+    ``beside`` are descriptors of those that are left out.
+    """
     found = {}
-    for descriptor in _descriptors():
+    for descriptor in set(_descriptors()).difference(beside):
         try:
             about = os.fstat(descriptor)
             if stat.S_ISSOCK(about.st_mode) and (counts := _connection(descriptor)):
@@ -76,22 +79,23 @@ def _words(port: Path) -> Counts:
 
 
 class Counters:
-    """Differences of the kernel's counters from one reading to the next."""
+    """Differences of the kernel's counters from one reading to the next; connections that are ``beside`` the transport are not read."""
 
-    def __init__(self) -> None:
-        self._last = _read()
+    def __init__(self, beside: Callable[[], Collection[int]] = tuple) -> None:
+        self._beside = beside
+        self._last = _read(beside())
 
     def since(self) -> dict[str, dict[str, Counts] | Counts]:
         """Return what was counted since the last reading: ``{tcp: sums over connections, interfaces: {...}, infiniband: {...}}``."""
-        now, last = _read(), self._last
+        now, last = _read(self._beside()), self._last
         self._last = now
         moved = {group: {name: _less(counts, last[group].get(name, {})) for name, counts in now[group].items()} for group in now}
         tcp = {name: sum(counts.get(name, 0) for counts in moved["tcp"].values()) for name in _NAMES}
         return {"tcp": tcp, "interfaces": moved["interfaces"], "infiniband": moved["infiniband"]}
 
 
-def _read() -> dict[str, dict[str, Counts]]:
-    return {"tcp": connections(), "interfaces": interfaces(), "infiniband": infiniband()}
+def _read(beside: Collection[int]) -> dict[str, dict[str, Counts]]:
+    return {"tcp": connections(beside), "interfaces": interfaces(), "infiniband": infiniband()}
 
 
 def _less(now: Mapping[str, int], before: Mapping[str, int]) -> Counts:

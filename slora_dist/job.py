@@ -164,7 +164,7 @@ class Job:
             show.stopped(self.folder)
             return
         summary = summarize(self.config, self.folder, session.seat.classifier, session.seat.switch, self.comm.size)
-        summary["lost"] = session.seat.all_lost
+        summary |= {"lost": session.seat.all_lost, "clock_error_seconds": session.clock_error}
         self.folder.write_summary(summary)
         self.folder.write_parquet()
         export.write(result, self.folder.adapter)

@@ -7,7 +7,7 @@ kernel counted). A rank's notes travel as JSON.
 import json
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -65,13 +65,13 @@ class _Told:
 
 
 class Journal:
-    """This rank's notes since they were last taken."""
+    """This rank's notes since they were last taken. ``beside`` tells the sockets whose bytes are not the transport's."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, beside: Callable[[], Collection[int]] = tuple) -> None:
         self.ledger = ledger
         self._spans: list[Row] = []
         self._told = _Told()
-        self._counters = Counters()
+        self._counters = Counters(beside)
         self._place = place()
 
     @contextmanager

@@ -24,40 +24,36 @@ FIRST_SPECIAL_STEP = 0xFFFFFFF0  # SLURM numbers the batch, interactive and exte
 class World:
     """A rank's place: ``rank`` of ``size`` in all, ``local_rank`` of ``local_size`` on its machine.
 
-    ``node`` is the machine's number where it is known. ``local_size`` is a lower bound where the launcher does not tell it.
-    ``launcher`` is alone, torchrun, openmpi, mpich or slurm.
+    ``local_size`` is a lower bound where the launcher does not tell it. ``launcher`` is alone, torchrun, openmpi, mpich or slurm.
     """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
-    node: int | None
     launcher: str
 
 
 @dataclass(frozen=True)
 class _Names:
-    """The variables in which a launcher says rank, size, local rank, local size and node; the first of several that is set counts."""
+    """The variables in which a launcher says rank, size, local rank and local size; the first of several that is set counts."""
 
     rank: str
     size: tuple[str, ...]
     local_rank: tuple[str, ...]
     local_size: tuple[str, ...]
-    node: str | None
 
 
 _NAMES = {
-    "torchrun": _Names("RANK", ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",), "GROUP_RANK"),
+    "torchrun": _Names("RANK", ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",)),
     "openmpi": _Names(
         "OMPI_COMM_WORLD_RANK",
         ("OMPI_COMM_WORLD_SIZE",),
         ("OMPI_COMM_WORLD_LOCAL_RANK",),
         ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-        None,
     ),
-    "mpich": _Names("PMI_RANK", ("PMI_SIZE",), ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"), None),
-    "slurm": _Names("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",), (), "SLURM_NODEID"),
+    "mpich": _Names("PMI_RANK", ("PMI_SIZE",), ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")),
+    "slurm": _Names("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",), ()),
 }
 
 
@@ -69,7 +65,7 @@ def detect(environ: Mapping[str, str]) -> World:
     launcher = _launcher(environ)
     if launcher == "alone":
         _refuse_lost_rank(environ)
-        return World(0, 1, 0, 1, None, "alone")
+        return World(0, 1, 0, 1, "alone")
     world = _read(environ, launcher)
     if launcher == "torchrun" and world.size > 1:
         rendezvous(environ, world)
@@ -189,8 +185,7 @@ def _read(environ: Mapping[str, str], launcher: str) -> World:
     if launcher == "slurm":
         local_size = _slurm_local_size(environ, local_size)
     _below(names.local_rank[0], local_rank, "the local size", local_size, right)
-    node = _integer(environ, names.node, right) if names.node and names.node in environ else None
-    return World(rank, size, local_rank, local_size, node, launcher)
+    return World(rank, size, local_rank, local_size, launcher)
 
 
 def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> str:

@@ -20,6 +20,16 @@ def test_the_bytes_of_own_connections_are_counted() -> None:
     assert tcp["segments_in"] > 0
 
 
+def test_connections_beside_the_transport_are_not_counted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        counters = Counters(lambda: {client.fileno(), accepted.fileno()})
+        client.sendall(b"x" * 100)
+        assert len(accepted.recv(100)) == 100
+        assert not any(counters.since()["tcp"].values())
+        accepted.close()
+
+
 def test_reading_takes_no_descriptor_and_forgets_what_was_counted() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     counters = Counters()

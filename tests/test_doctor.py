@@ -20,7 +20,7 @@ HEALTHY: dict[str, Any] = {
 
 
 def test_a_world_of_one_is_examined_and_told_how_to_measure_more() -> None:
-    found = doctor.examine(Alone(), World(0, 1, 0, 1, None, "alone"), {}, torch.device("cpu"))
+    found = doctor.examine(Alone(), World(0, 1, 0, 1, "alone"), {}, torch.device("cpu"))
     assert found
     assert {(row["verb"], row["bytes"]) for row in found["verbs"]} == {
         (verb, size) for verb in ("broadcast", "gather", "reduce") for size in doctor.SIZES
@@ -30,7 +30,7 @@ def test_a_world_of_one_is_examined_and_told_how_to_measure_more() -> None:
 
 
 def test_sealed_verbs_are_measured_and_sums_are_none_of_them() -> None:
-    found = doctor.examine(Sealed(Alone(), bytes(32)), World(0, 1, 0, 1, None, "alone"), {}, torch.device("cpu"))
+    found = doctor.examine(Sealed(Alone(), bytes(32)), World(0, 1, 0, 1, "alone"), {}, torch.device("cpu"))
     assert found and {row["verb"] for row in found["verbs"]} == {"broadcast", "gather"}
 
 

@@ -34,21 +34,21 @@ SRUN = BATCH | {
     "SLURM_PROCID": "2",
     "SLURM_NODEID": "1",
 }
-ALONE = World(0, 1, 0, 1, None, "alone")
+ALONE = World(0, 1, 0, 1, "alone")
 
 
 @pytest.mark.parametrize(
     ("environ", "world"),
     [
         ({}, ALONE),
-        (TORCHRUN, World(3, 4, 1, 2, 1, "torchrun")),
-        ({"RANK": "1", "WORLD_SIZE": "2", **MASTER}, World(1, 2, 0, 1, None, "torchrun")),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, World(0, 1, 0, 1, None, "torchrun")),
-        (OPENMPI, World(2, 4, 0, 2, None, "openmpi")),
-        (MPICH, World(1, 4, 1, 2, None, "mpich")),
-        ({"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1"}, World(1, 4, 1, 2, None, "mpich")),
-        (SRUN, World(2, 3, 0, 1, 1, "slurm")),
-        (SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}, World(1, 3, 1, 2, 0, "slurm")),
+        (TORCHRUN, World(3, 4, 1, 2, "torchrun")),
+        ({"RANK": "1", "WORLD_SIZE": "2", **MASTER}, World(1, 2, 0, 1, "torchrun")),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, World(0, 1, 0, 1, "torchrun")),
+        (OPENMPI, World(2, 4, 0, 2, "openmpi")),
+        (MPICH, World(1, 4, 1, 2, "mpich")),
+        ({"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1"}, World(1, 4, 1, 2, "mpich")),
+        (SRUN, World(2, 3, 0, 1, "slurm")),
+        (SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}, World(1, 3, 1, 2, "slurm")),
     ],
 )
 def test_each_launcher(environ: dict[str, str], world: World) -> None:

@@ -42,7 +42,7 @@ class Session:
         self.seat = seat
         self.config, self.comm, self.folder, self.journal, self.where = seat.config, seat.comm, seat.folder, seat.journal, seat.where
         self.clocks: dict[int, float] = {}  # rank 0: what each rank's monotonic clock lacks to Unix time
-        self.clock_error = 0.0  # seconds by which they may be wrong
+        self.clock_error = 0.0  # rank 0: seconds by which they may be wrong
         self._finished: dict[int, tuple[Header, Tensor]] = {}  # updates of the round in hand, should it have to be played again
         self._finished_in: tuple[int, Tensor | None] = 0, None  # that round, and the mask that its phase has
         self._last: Stage | None = None

@@ -1,5 +1,7 @@
 """The runs of a study: each cell a run folder and a process of its own; what is finished is skipped, what was stopped goes on."""
 
+import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Literal
 
 from slora_dist.errors import ConfigError
 from slora_dist.runfolder import RunFolder
+from slora_dist.secret import FILE_VARIABLE, VARIABLE
 from slora_dist.settings import require_equal
 from slora_dist.study.grid import Cell, Study
 
@@ -80,9 +83,16 @@ def _train(study: Study, cell: Cell, out: Path, resume: bool) -> Played:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8", errors="replace") as log:
         before = log.tell()
-        code = subprocess.run(command(study, cell, out, resume), stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
+        words = command(study, cell, out, resume)
+        code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environ(), check=False).returncode
         log.seek(before)
         return Played(cell, code, _last_words(log.read()) or f"exit code {code}")
+
+
+def _environ() -> dict[str, str]:
+    """Return the environment of a run: with a secret for its ranks, which nobody else holds, unless one is given."""
+    given = any(os.environ.get(name) for name in (VARIABLE, FILE_VARIABLE))
+    return dict(os.environ) | ({} if given else {VARIABLE: secrets.token_hex(32)})
 
 
 def _last_words(text: str) -> str:

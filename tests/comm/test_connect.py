@@ -22,7 +22,7 @@ TIMEOUT = 40.0
 
 
 def world(size: int, launcher: str = "torchrun", local_size: int = 1) -> World:
-    return World(0, size, 0, local_size, 0, launcher)
+    return World(0, size, 0, local_size, launcher)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_rank_0_of_a_step_serves_the_store() -> None:
 def test_the_store_listens_where_it_is_told(host: str, local_size: int, listens: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with socket.socket(fileno=listen(host, port, World(0, 2, 0, local_size, 0, "slurm"))) as door:
+    with socket.socket(fileno=listen(host, port, World(0, 2, 0, local_size, "slurm"))) as door:
         assert door.getsockname() == (listens, port)
 
 
 def test_the_stores_socket_is_the_one_that_was_opened_for_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    held = open_store("127.0.0.1", port, World(0, 2, 0, 2, 0, "slurm"), {})
+    held = open_store("127.0.0.1", port, World(0, 2, 0, 2, "slurm"), {})
     held.set("a", "b")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)  # a store left to itself answers there, too
@@ -147,14 +147,14 @@ def test_the_stores_socket_is_the_one_that_was_opened_for_it() -> None:
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 80])
 def test_a_name_that_leads_nowhere_is_said(host: str) -> None:
     with pytest.raises(RunError, match=f"rank 0: connect failed: cannot listen at {host}: the name leads nowhere .*MASTER_ADDR"):
-        open_store(host, 29500, World(0, 2, 0, 1, 0, "slurm"), {})
+        open_store(host, 29500, World(0, 2, 0, 1, "slurm"), {})
 
 
 def test_a_port_in_use_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RunError, match=f"rank 0: connect failed: cannot listen at 127.0.0.1:{port}"):
-            open_store("127.0.0.1", port, World(0, 2, 0, 2, 0, "slurm"), {})
+            open_store("127.0.0.1", port, World(0, 2, 0, 2, "slurm"), {})
 
 
 def _step(rank: int, size: int, shared: dict[str, str]) -> Any:
