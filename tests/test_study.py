@@ -88,8 +88,9 @@ def test_the_entry_that_does_not_fit_is_named(entries: dict[str, Any], setting: 
 
 
 def test_runs_are_played_resumed_skipped_and_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One cell is new and needs a secret, one was stopped after its first round, one cannot be played: the others are played all the same."""
-    methods = {"fft": {"method.name": "fft", "method.dense.rounds": 2, "comm.secret": "required"}, "slora": {}, "lost": {"data.path": "nowhere.csv"}}
+    """One cell is new and needs a secret, one was stopped after its first round, one cannot be played: the others are played."""
+    fft = {"method.name": "fft", "method.dense.rounds": 2, "comm.secret": "required"}
+    methods = {"fft": fft, "slora": {}, "lost": {"data.path": "nowhere.csv"}}
     path, out = write(tmp_path, seeds=[0], splits={}, methods=methods, targets=[0.01]), tmp_path / "out"
     overrides = [f"{name}={value}" for name, value in SMALL.items()]
     run(out / "slora/seed-0", *overrides, stop_after=1)
