@@ -120,7 +120,7 @@ def test_one_that_differs_is_refused_everywhere(name: str, capfd: pytest.Capture
 
 def test_a_refusal_of_any_length_is_told() -> None:
     ranks = answers([HELD] * 2, [[f"data.text={letter * 300}"] for letter in "\N{GRINNING FACE}\N{PILE OF POO}"])
-    assert ranks[0] == ranks[1] == "slora_dist: rank 1 is refused, for more than can be told here. Allowed: the same on every rank"
+    assert ranks[0] == ranks[1] == "slora_dist: rank 1 is refused, for more than can be told here. Allowed: the same on every rank."
 
 
 def test_a_newcomer_is_judged_as_the_others_were() -> None:
