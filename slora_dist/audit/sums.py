@@ -7,6 +7,8 @@ from typing import Any
 from slora_dist.audit.run import WAYS, Run
 from slora_dist.summary import summarize
 
+_UNTOLD = ("lost", "clock_error_seconds")  # of the summary: what no other file tells, or not all of it
+
 
 def plan(run: Run) -> Iterator[str]:
     """Payload of each phase, direction and kind, and of each round, is the plan's for the rounds that were played."""
@@ -96,7 +98,7 @@ def _summary(run: Run) -> Iterator[str]:
         yield f"summary.json: there, though {run.done} of {run.protocol.rounds} rounds have a record"
         return
     made = summarize(run.config, run.folder, run.classifier, found["switch"], run.lives[-1].size)
-    has, should = (dict(_leaves(tree)) for tree in (found, made | {"lost": found.get("lost")}))  # whose reason no other file tells
+    has, should = (dict(_leaves(tree)) for tree in (found, made | {name: found.get(name) for name in _UNTOLD}))
     for field in sorted(has.keys() | should.keys()):
         if has.get(field) != should.get(field):
             yield f"summary.json: {field} {has.get(field)}, the other files give {should.get(field)}"
