@@ -42,7 +42,7 @@ def rehearse(config: Config, comm: Communicator, device: torch.device) -> dict[s
 def rehearsal(config: Config) -> Config:
     """Return the settings of the run's rehearsal: ``ROUNDS`` of every phase, and what takes time besides left out."""
     tree = config.model_dump()
-    tree["network"]["mode"] = "off"
+    tree["network"] = {}
     tree["comm"]["encrypt"] = False  # the communicator seals already
     tree["server"]["eval_every"] = tree["clients"]["eval_every"] = 0
     tree["data"]["test_limit"] = min(TEST_DOCUMENTS, config.data.test_limit or TEST_DOCUMENTS)

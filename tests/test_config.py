@@ -75,6 +75,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("data.labels", {"data": {"path": "c{client}.csv", "test_path": "t.csv"}}, "number of classes or their names"),
     ("data.test_path", {"data": {"path": "c{client}.csv", "labels": 2}}, "held-out file"),
     ("data.client_column", {"data": {"path": "toy", "partition": "natural"}}, "column"),
+    ("data.client_column", {"data": {"path": "toy", "client_column": "who"}}, "empty; or data.partition natural"),
     ("model.name", {"model": {}}, "`model.config` with a `model_type`"),
     ("model.precision", {"model": {"name": "x", "precision": "fp16"}}, "'float32' or 'bfloat16'"),
     ("method.name", {"method": {"name": "s-lora"}}, "'houlsby', 'pfeiffer' or 'custom'"),
@@ -125,6 +126,16 @@ BAD: list[tuple[str, dict[str, Any], str]] = [  # setting, sections, what the me
     ("comm.collective", {"comm": {"collective": "reduce", "wire": {"values": "bfloat16"}}}, "gather, or uploads of float32"),
     ("run.seed", {"run": {"seed": -1}}, "greater than or equal to 0"),
     ("network.up_mbit", {"network": {"up_mbit": 0}}, "greater than 0"),
+    ("network.up_mbit", {"network": {"up_mbit": 5}}, "empty; or network.mode virtual, sleep"),
+    ("network.classes", {"network": {"classes": {"phone": {}}}}, "empty; or network.mode virtual, sleep"),
+    ("network.server_mbit", {"network": {"server_mbit": 100}}, "empty; or network.mode virtual, sleep"),
+    ("network.latency_ms", {"network": {"mode": "virtual", "latency_ms": 9, "classes": {"phone": {}}}}, "empty; or no network.classes"),
+    ("server.hostile", {"server": {"hostile": 1}}, "0; or median, trimmed_mean, krum, multi_krum"),
+    (
+        "method.sparse.mask",
+        {"method": {"name": "sft", "sparse": {"mask": "gradient"}}, "server": {"aggregate": "median"}},
+        "another mask; or server.aggregate mean",
+    ),
     ("network.classes.phone.latency", {"network": {"classes": {"phone": {"latency": 3}}}}, "jitter_ms, latency_ms, share, up_mbit"),
 ]  # fmt: skip
 

@@ -9,9 +9,9 @@ from slora_dist.config.comm import CommConfig
 from slora_dist.config.data import DataConfig
 from slora_dist.config.method import LowrankPhase, MethodConfig
 from slora_dist.config.model import ModelConfig
-from slora_dist.config.network import NetworkConfig
+from slora_dist.config.network import LinkConfig, NetworkConfig
 from slora_dist.config.privacy import PrivacyConfig
-from slora_dist.config.server import ServerConfig
+from slora_dist.config.server import ROBUST, ServerConfig
 from slora_dist.errors import ConfigError
 from slora_dist.section import Section
 
@@ -81,6 +81,10 @@ class Config(Section):
             raise ConfigError("model.name", "no model", "a folder or name, or `model.config` with a `model_type`")
         if self.data.partition == "natural" and not self.data.client_column and not self.client_files:
             raise ConfigError("data.client_column", "missing", "the column that names the client, with `data.partition: natural`")
+        if self.data.client_column and self.data.partition != "natural":
+            problem = f"given with data.partition {self.data.partition}, which does not look at it"
+            raise ConfigError("data.client_column", problem, "empty; or data.partition natural")
+        self._network_fits()
         if self.comm.wire.topk and self.comm.wire.indices == "implicit":
             raise ConfigError("comm.wire.indices", "implicit with topk, where clients differ", "gap, gap+zstd, int32")
         if self.comm.encrypt and self.comm.collective != "gather":
@@ -116,6 +120,18 @@ class Config(Section):
             raise ConfigError("data.test_path", "missing", "a held-out file, when each client has its own file")
         return self
 
+    def _network_fits(self) -> None:
+        given = [
+            name for name, field in NetworkConfig.model_fields.items() if name != "mode" and getattr(self.network, name) != field.default
+        ]
+        if given and self.network.mode == "off":
+            raise ConfigError(
+                f"network.{given[0]}", "given with network.mode off, where nothing is emulated", "empty; or network.mode virtual, sleep"
+            )
+        for name in LinkConfig.model_fields if self.network.classes else ():
+            if name in given:
+                raise ConfigError(f"network.{name}", "given beside network.classes, which have their own", "empty; or no network.classes")
+
     def _away_fits(self) -> None:
         """Check what is planned, and that no round is left without the clients that it takes."""
         for client, span in self.clients.away.items():
@@ -145,10 +161,14 @@ class Config(Section):
     def _needs_sums_only(self) -> bool:
         return all(phase.rule in SUMMED for phase in self.method.resolved() if isinstance(phase, LowrankPhase))
 
+    @property
+    def _measured(self) -> bool:
+        """Whether clients measure gradients, from which rank 0 chooses a mask."""
+        return any(phase.kind == "sparse" and phase.mask == "gradient" for phase in self.method.resolved())
+
     def _privacy_fits(self) -> None:
         settings = self.privacy
-        measured = any(phase.kind == "sparse" and phase.mask == "gradient" for phase in self.method.resolved())
-        if measured and (self.comm.secure or settings.noise_multiplier):
+        if self._measured and (self.comm.secure or settings.noise_multiplier):
             problem = "gradient: rank 0 sees what every client measures for it"
             raise ConfigError("method.sparse.mask", problem, "another mask, with comm.secure or privacy.noise_multiplier")
         if settings.noise == "distributed" and not self.comm.secure:
@@ -209,7 +229,12 @@ class Config(Section):
     def _aggregate_fits(self) -> None:
         rule, hostile = self.server.aggregate, self.server.hostile
         if rule == "mean":
+            if hostile:
+                raise ConfigError("server.hostile", f"{hostile} with server.aggregate mean, which bears none", f"0; or {', '.join(ROBUST)}")
             return
+        if self._measured:
+            problem = f"gradient with server.aggregate {rule}: what clients measure for the mask becomes one by a mean, which bears no hostile one"
+            raise ConfigError("method.sparse.mask", problem, "another mask; or server.aggregate mean")
         if self.comm.collective != "gather":
             problem = f"{self.comm.collective} with server.aggregate {rule}, which looks at every update"
             raise ConfigError("comm.collective", problem, "gather")

@@ -1,12 +1,13 @@
 """Settings of the server."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from slora_dist.section import Positive, Real, Section
 
 Aggregate = Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"]
+ROBUST = tuple(rule for rule in get_args(Aggregate) if rule != "mean")  # those that hostile clients cannot move far
 
 
 class ServerConfig(Section):

@@ -22,7 +22,9 @@ def class_names(config: Config) -> list[str]:
     if config.model.task == "causal_lm":
         return source.UNLABELLED
     if config.data.labels is not None:
-        return source.class_names(config.data.labels)
+        names = source.class_names(config.data.labels)
+        source.require_several(names, "data.labels")
+        return names
     return source.load_train(config.data, config.run.seed)[1]
 
 

@@ -65,6 +65,12 @@ def class_names(labels: int | list[str]) -> list[str]:
     return names
 
 
+def require_several(names: Sequence[str], setting: str) -> None:
+    """Raise ``ConfigError`` where there is nothing to tell apart: transformers would take one class for a number to be met."""
+    if len(names) < 2:
+        raise ConfigError(setting, f"one class only, {names[0]!r}", "two classes or more")
+
+
 def load_train(config: DataConfig, seed: int, read: Reader | None = None) -> tuple[Documents, list[str]]:
     """Read the training split of one source; return its documents and the class names in order. Raises ``ConfigError``.
 
@@ -76,7 +82,10 @@ def load_train(config: DataConfig, seed: int, read: Reader | None = None) -> tup
     if isinstance(config.labels, int) and _named(table, config):
         raise ConfigError("data.labels", f"{table.name} names its classes", "the list of names, in order")
     names = _found_names(table, config) if config.labels is None else class_names(config.labels)
-    return _documents(table, config, names, read, config.client_column, config.limit, derive(seed, "limit")), names
+    documents = _documents(table, config, names, read, config.client_column, config.limit, derive(seed, "limit"))
+    if read is None:
+        require_several(names, "data.label" if config.labels is None else "data.labels")
+    return documents, names
 
 
 def load_test(config: DataConfig, names: list[str], seed: int, read: Reader | None = None) -> Documents:

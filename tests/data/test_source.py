@@ -50,7 +50,7 @@ def test_words_that_look_missing_are_text(tmp_path: Path) -> None:
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     train(write(path, ROWS))
-    assert train(write(path, {"text": ["z"], "label": ["art"]}))[0].texts == ["z"]
+    assert train(write(path, {"text": ["z", "y"], "label": ["art", "food"]}))[0].texts == ["z", "y"]
 
 
 def test_folder_with_splits(tmp_path: Path) -> None:
@@ -158,6 +158,9 @@ def test_limits_draw_by_the_seed_and_keep_the_order() -> None:
         ),
         (ROWS, {"labels": 2}, r"data\.labels: .*d\.csv names its classes"),
         (ROWS, {"labels": ["art", "art"]}, r"data\.labels: .* is no set of classes"),
+        ({"text": ["x", "y"], "label": ["a", "a"]}, {}, r"data\.label: one class only, 'a'\. Allowed: two classes or more"),
+        ({"text": ["x", "y"], "label": [0, 0]}, {}, r"data\.label: one class only, '0'"),
+        ({"text": ["x", "y"], "label": [0, 0]}, {"labels": 1}, r"data\.labels: one class only, '0'"),
         ({"text": ["x", "y"], "label": [0, 4]}, {"labels": 4}, r"data\.label: label 4 in .*d\.csv is outside the range\. Allowed: 0 to 3"),
         ({"text": ["x", "y"], "label": [0, -1]}, {}, r"data\.label: label -1 in .* is outside the range\. Allowed: 0 to 0"),
         ({"text": ["x", "y"], "label": [0.5, 1.0]}, {}, r"data\.label: label 0\.5 in .* is a float"),
