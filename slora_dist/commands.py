@@ -70,8 +70,15 @@ def fetch(options: argparse.Namespace) -> int:
 def slurm(options: argparse.Namespace) -> int:
     """Write the batch file of a run, and submit it."""
     from slora_dist import slurm
+    from slora_dist.network import check_network
+    from slora_dist.roundplan import check_world
 
-    if settings.load(options.config, options.overrides).clients.min_clients:  # better now than when the job's turn has come
+    config = settings.load(options.config, options.overrides)
+    for check in (check_world, check_network):  # better now than when the job's turn has come
+        check(config, options.nodes * options.ranks_per_node)
+    if options.launcher == "torchrun" and config.comm.backend == "mpi":
+        raise ConfigError("comm.backend", "mpi with --launcher torchrun", "another backend; or --launcher srun")
+    if config.clients.min_clients:
         raise ConfigError(
             "clients.min_clients", "all ranks of this batch file end with the first that dies", "unset, or slurm/healing.sbatch"
         )

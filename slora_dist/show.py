@@ -96,7 +96,7 @@ def finished(folder: RunFolder, summary: dict[str, Any]) -> None:
         print(f"lost     rank {lost['rank']} with clients {lost['clients']} in round {lost['round']}: {lost['reason']}")
     if summary["left_out"]:
         print("left out of a round: " + ", ".join(f"{count} {reason}" for reason, count in summary["left_out"].items()))
-    print(f"adapter  {folder.adapter}")
+    print(f"adapter  {folder.adapter}" + (", on the weights in its base/" if (folder.adapter / "base").exists() else ""))
     print(f"report   {folder.path / 'summary.json'}")
 
 

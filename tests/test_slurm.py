@@ -104,6 +104,18 @@ def test_a_run_that_is_to_heal_gets_no_batch_file_that_ends_it(capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
+    ("changed", "setting"),
+    [(["--nodes", "6"], "clients.per_round"), (["network.mode=sleep"], "network.mode"), (["comm.backend=mpi"], "comm.backend")],
+)
+def test_what_its_ranks_cannot_play_is_refused_before_it_waits(
+    changed: list[str], setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["slurm", str(SCRIPTS.parent / "configs/tiny.yaml"), "--nodes", "2", "--launcher", "torchrun", "--dry-run"]
+    assert main(asked) == 0 and main([*asked, *changed]) == 2
+    assert f"error: {setting}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("script", "ending"),
     [
         ("torchrun", START["torchrun"] + TRAIN),

@@ -214,7 +214,7 @@ def _hub(path: str, setting: str) -> Any:
     name, _, subset_name = path.partition(":")
     try:
         return dict(datasets.load_dataset(name, subset_name or None))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a set that is a script
         raise ConfigError(setting, f"{path} cannot be loaded ({_cause(error)})", FORMATS) from None
 
 
