@@ -29,11 +29,13 @@ ABOUT, LORA, DELTA, BOTTLENECK = "slora_dist.json", "adapter_config.json", "delt
 
 
 def load(folder: str | Path) -> nn.Module:
-    """Return the network that a run judged, ready to evaluate, from ``RUN/adapter`` or a copy of it.
+    """Return the network that a run judged, ready to evaluate, from ``RUN``, ``RUN/adapter`` or a copy of it.
 
     Raises ``ConfigError`` when there is no adapter, and what transformers and peft raise where the base is not to be had.
     """
-    folder, kind = Path(folder), form(Path(folder))
+    folder = Path(folder)
+    folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    kind = form(folder)
     net: nn.Module = base(folder)
     if kind == LORA:
         net = PeftModel.from_pretrained(net, folder)

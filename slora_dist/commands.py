@@ -106,6 +106,7 @@ def study(options: argparse.Namespace) -> int:
     study = grid.read(options.study)
     out = Path(options.out or Path("studies") / study.name)
     if options.cell is not None:
+        play.make(out)
         return min(1, play.play(study, out, [grid.cell(study, options.cell)], 1, tell))
     if options.slurm:
         wanted = slurm.Options(1, str(out), 1, options.partition, options.account, options.time, python=sys.executable)
@@ -115,6 +116,7 @@ def study(options: argparse.Namespace) -> int:
     if options.dry_run:
         print("\n".join(play.listing(study, out)))
         return 0
+    play.make(out)
     failed = 0 if options.tables_only else play.play(study, out, study.cells, options.jobs, tell)
     from slora_dist.study import charts, tables  # after the runs: transformers and matplotlib would sit in memory all the while
 

@@ -82,13 +82,21 @@ def export(adapter: Path, destination: Path, merge: bool) -> None:
     if merge and form == BOTTLENECK:
         problem = "bottleneck adapters cannot be merged: a non-linearity stands between their projections"
         raise ConfigError("--merge", problem, "no --merge; slora_dist.adapters.load(DEST) loads them")
+    net: Any = _loaded(adapter) if merge else None  # before there is a folder that would be left empty
     _make(destination)
     if not merge:
         _copy(adapter, destination)
         return
-    net: Any = adapters.load(adapter)
     (net.merge_and_unload() if form == LORA else net).save_pretrained(destination)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(destination)
+
+
+def _loaded(adapter: Path) -> nn.Module:
+    try:
+        return adapters.load(adapter)
+    except OSError as error:
+        cause = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError("--merge", f"the base of {adapter} cannot be loaded ({cause})", "a base that is there, or no --merge") from None
 
 
 def _make(destination: Path) -> None:

@@ -1,5 +1,7 @@
 """What a run leaves is loaded by plain peft and transformers, and is the model that the run judged."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from slora_dist import methods
+from slora_dist import adapters, methods, show
+from slora_dist.adapters import ABOUT
 from slora_dist.cli import main
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
@@ -122,3 +125,20 @@ def test_what_cannot_be_exported_is_said(runs: dict[str, RunFolder], tmp_path: P
         assert main(["export", str(source), str(tmp_path / destination)]) == 2
         assert f"error: {setting}: " in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_base_that_is_gone_leaves_no_empty_folder(runs: dict[str, RunFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(runs["sft"].path, copy)
+    about = json.loads((copy / "adapter" / ABOUT).read_text())
+    (copy / "adapter" / ABOUT).write_text(json.dumps(about | {"base": str(tmp_path / "gone")}))
+    shutil.rmtree(copy / "adapter" / "base")
+    assert main(["export", str(copy), str(tmp_path / "merged"), "--merge"]) == 2
+    said = capsys.readouterr().err
+    assert "error: --merge: the base of " in said and said.count("\n") == 1 and not (tmp_path / "merged").exists()
+
+
+def test_a_run_is_loaded_by_its_folder_and_tells_its_base(runs: dict[str, RunFolder], capsys: pytest.CaptureFixture[str]) -> None:
+    check(adapters.load(runs["lora"].path), runs["lora"])
+    show.finished(runs["lora"], runs["lora"].summary())
+    assert f"adapter  {runs['lora'].adapter}, on the weights in its base/\n" in capsys.readouterr().out

@@ -244,3 +244,11 @@ def test_the_bytes_of_one_client_do_not_depend_on_who_is_drawn(name: str, tmp_pa
 def test_without_a_finished_run_there_are_no_tables(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run of the study is finished"):
         tables.rows(grid.read(write(tmp_path)), tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for more in ([], ["--cell", "0"], ["--tables-only"]):
+        assert main(["study", str(write(tmp_path)), "--out", str(tmp_path / "file" / "out"), *more]) == 2
+        said = capsys.readouterr().err
+        assert "error: --out: " in said and said.count("\n") == 1

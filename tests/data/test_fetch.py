@@ -113,3 +113,10 @@ def test_resolve_asks_to_fetch_first(wheel: Path, tmp_path: Path, monkeypatch: p
 def test_resolve_leaves_other_names_alone() -> None:
     assert room.resolve("albert/albert-base-v2", "models") == "albert/albert-base-v2"
     assert room.resolve("minilm", "data") == "minilm"
+
+
+def test_a_cache_that_cannot_be_written_is_named(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLORA_DIST_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"SLORA_DIST_CACHE: .*file.models cannot be written"):
+        room.fetch("minilm")

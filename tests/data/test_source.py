@@ -204,6 +204,15 @@ def test_sources_without_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         train("someone/news")
 
 
+def test_a_hub_set_that_is_a_script_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found news.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ConfigError, match=r"data\.path: someone/news cannot be loaded \(Dataset scripts are no longer supported"):
+        train("someone/news")
+
+
 def test_splits_that_are_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "train.csv", ROWS)
     cases: list[tuple[dict[str, Any], str]] = [

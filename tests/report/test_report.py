@@ -306,6 +306,7 @@ def test_the_command(tiny_run: RunFolder, tmp_path: Path, capsys: pytest.Capture
     ("arguments", "named"),
     [
         (["nowhere"], "nowhere"),
+        (["nowhere", "{run}/adapter"], "none of 2 folders has a config.json"),
         (["{run}/adapter/base"], "adapter/base"),
         (["{run}", "--target", "50"], "--target"),
         (["{run}", "--mbit", "0"], "--mbit"),
@@ -316,6 +317,14 @@ def test_bad_input_is_one_line(tiny_run: RunFolder, arguments: list[str], named:
     assert main(["report", *(word.format(run=tiny_run.path) for word in arguments)]) == 2
     said = capsys.readouterr()
     assert named in said.out + said.err and (said.out + said.err).count("\n") == 1
+
+
+def test_of_several_folders_those_without_a_run_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").mkdir()
+    folders = [str(make(tmp_path / "run", RISING)), str(tmp_path / "notes")]
+    assert main(["report", *folders, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'notes'} is left out: it has no config.json" in said and said.count("\n") == 1
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
