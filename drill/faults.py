@@ -62,16 +62,14 @@ def kill_two(drill: Drill) -> Outcome:
     return drill.outcome(f"kill ranks {drill.victim} and {other}, rounds {drill.number} and {later}", noticed, planned)
 
 
-def replace(drill: Drill, *settings: str) -> Outcome:
+def replace(drill: Drill, *settings: str, point: str = "training", planned: Sequence[str] = ()) -> Outcome:
     """A rank is killed, and a new one takes its place in a later round, after others that are refused.
 
-    ``settings`` change no bit of the result.
+    Of the ``settings`` those that change bits are ``planned`` as well.
     """
     drill.number = min(drill.number, ROUNDS - 4)
     slow = {0: _slowly(drill)}
-    with drill.start(
-        {drill.victim: sabotage.at("training", drill.number, sabotage.kill, drill.mark), **slow}, *HEALING, *settings
-    ) as ranks:
+    with drill.start({drill.victim: sabotage.at(point, drill.number, sabotage.kill, drill.mark), **slow}, *HEALING, *settings) as ranks:
         noticed = drill.noticed(ranks, [f"rank {drill.victim} is gone"])
         ranks.until(lambda: drill.victim in ranks.codes and rounds(drill.run) >= drill.number, SECONDS, "a round without the victim")
         ranks.start_one(drill.victim, None, "--join", "method.sparse.lr=0.125")
@@ -87,7 +85,14 @@ def replace(drill: Drill, *settings: str) -> Outcome:
     records = [json.loads(line) for line in (drill.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = max(record["round"] for record in records if record["missing"]["clients"])
     assert last < ROUNDS
-    return drill.outcome(f"replace rank {drill.victim}, round {drill.number}", noticed, away({drill.client: [drill.number, last]}))
+    injected = f"replace rank {drill.victim}, round {drill.number}"
+    return drill.outcome(injected, noticed, *planned, away({drill.client: [drill.number, last]}))
+
+
+def replace_owing(drill: Drill) -> Outcome:
+    """What the dead rank's client owes is that of the last round that it took part in: it dies when it has noted what it would owe now."""
+    settings = ("comm.wire.topk=0.2", "comm.wire.indices=gap")
+    return replace(drill, *settings, point="upload", planned=settings)
 
 
 def stop(drill: Drill) -> Outcome:
@@ -243,6 +248,7 @@ ON_DEMAND: dict[str, Fault] = {  # played only where they are named
     "suspend": suspend,
     "stop rank 0": stop_root,
     "replace, sealed": _with(replace, "comm.encrypt=true"),
+    "replace, owing": replace_owing,
     "kill, overlap": _with(kill, "server.evaluate=overlap"),
     "kill, keep": _with(
         kill, "method.lowrank.residual=keep", "method.sparse.mask=gradient", "method.sparse.rounds=3", "method.lowrank.rounds=7"

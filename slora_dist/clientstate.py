@@ -40,7 +40,7 @@ class ClientStates:
     def save(self, client: int, number: int, state: Mapping[str, Tensor]) -> None:
         """Keep the state that ``client`` has after round ``number``. Raises ``RunError`` naming the file when it cannot be written."""
         folder = self._folder(client)
-        path = folder / f"round-{number:05d}.safetensors"
+        path = self._state(client, number)
         draft = path.with_suffix(".part")
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +53,26 @@ class ClientStates:
             for old in [*later, *[old for at, old in self._states(client) if at <= number][:-KEPT]]:
                 old.unlink()
 
+    def rewind(self, client: int, counted: int, number: int) -> None:
+        """Let ``client`` go on from its state after round ``counted``, the last one that it took part in before round ``number``.
+
+        Later ones are of rounds that broke, or were played without it. That of round ``number`` is laid aside: an update that was ready
+        when the round broke may be sent after all.
+        """
+        for at, path in self._states(client):
+            with writing(path):
+                if at == number:
+                    path.replace(self._aside(client, number))
+                elif at > counted:
+                    path.unlink()
+
+    def take_back(self, client: int, number: int) -> None:
+        """Take back what was laid aside: the update of round ``number`` that it belongs to is sent."""
+        aside = self._aside(client, number)
+        if aside.exists():
+            with writing(aside):
+                aside.replace(self._state(client, number))
+
     def forget(self) -> None:
         """Forget all clients: the run begins, and what is there is of another one in the same place, on this rank's own disk perhaps."""
         shutil.rmtree(self._path, ignore_errors=True)  # ranks that share a folder do so at once
@@ -60,6 +80,12 @@ class ClientStates:
     def _states(self, client: int) -> list[tuple[int, Path]]:
         found = self._folder(client).glob("round-*.safetensors")
         return sorted((int(path.stem.removeprefix("round-")), path) for path in found)
+
+    def _state(self, client: int, number: int) -> Path:
+        return self._folder(client) / f"round-{number:05d}.safetensors"
+
+    def _aside(self, client: int, number: int) -> Path:
+        return self._folder(client) / f"round-{number:05d}.aside"
 
     def _folder(self, client: int) -> Path:
         return self._path / f"client-{client:05d}"

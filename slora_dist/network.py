@@ -48,9 +48,10 @@ def agreements(config: Config, clients: int) -> dict[str, tuple[int, int]]:
 
 def check_network(config: Config, size: int) -> None:
     """Raise ``ConfigError`` where real messages cannot stand for those of the clients: with several clients on a rank they would queue."""
-    if config.network.mode == "sleep" and size <= config.sampled:
-        problem = f"sleep with {config.sampled} clients on {max(1, size - 1)} worker rank(s)"
-        raise ConfigError("network.mode", problem, f"virtual, or {config.sampled + 1} ranks: a server and one for each client of a round")
+    clients = config.clients.count if config.at_home else config.sampled  # those who stay on one rank may meet there in a round
+    if config.network.mode == "sleep" and size <= clients:
+        problem = f"sleep with {clients} clients on {max(1, size - 1)} worker rank(s)"
+        raise ConfigError("network.mode", problem, f"virtual, or {clients + 1} ranks: a server and one for each client")
 
 
 class Network:

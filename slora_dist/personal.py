@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Callable, Sequence
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -30,9 +29,9 @@ def pack(tally: Tally) -> bytes:
 
 
 def unpack(answer: bytes) -> Tally:
-    """Read a client's answer; raises ``RunError`` on one that no evaluation gives."""
+    """Read a client's answer; raises ``RunError`` on one that no evaluation gives. A loss may be infinite or NaN, as the model is."""
     tally = Tally(*_ANSWER.unpack(answer))
-    if not (0 <= tally.right <= tally.count and isfinite(tally.loss) and tally.loss >= 0):
+    if not 0 <= tally.right <= tally.count or tally.loss < 0:
         raise RunError(f"a client's score that cannot be: {tally.right} of {tally.count} right, loss {tally.loss}")
     return tally
 

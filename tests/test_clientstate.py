@@ -37,6 +37,18 @@ def test_rounds_can_be_played_again_and_old_states_go(tmp_path: Path) -> None:
     assert states.load(0, 99)["residual"][0] == 7.5, "what was kept of later rounds is of a past that did not happen"
 
 
+def test_states_of_rounds_that_did_not_count_go_and_the_one_in_hand_comes_back(tmp_path: Path) -> None:
+    states = ClientStates(tmp_path)
+    for client in (0, 1):
+        for number in (2, 4, 5):
+            states.save(client, number, state(number))
+        states.rewind(client, counted=2, number=5)
+        assert states.load(client, 9)["residual"][0] == 2.0, "4 was played without it, 5 broke"
+    states.take_back(0, 5)
+    states.save(1, 6, state(6.0))
+    assert states.load(0, 9)["residual"][0] == 5.0 and states.load(1, 9)["residual"][0] == 6.0
+
+
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     states = ClientStates(tmp_path)
     states.save(3, 1, state(1.0))
@@ -68,6 +80,17 @@ def test_a_state_is_on_the_disk_before_the_round_goes_on(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", note)
     ClientStates(tmp_path).save(3, 1, state(1.0))
     assert done == ["round-00001.part", "client-00003", "clients"]
+
+
+def test_a_run_that_goes_on_takes_nothing_of_rounds_that_did_not_count(tmp_path: Path) -> None:
+    """A round was played without a client whose message got lost: its state of that round is there when it comes back."""
+    kept = (*SHORT, "comm.wire.topk=0.2", "comm.wire.indices=gap", "method.sparse.rounds=5")
+    straight, stopped = run(tmp_path / "straight", *kept), run(tmp_path / "stopped", *kept, stop_after=2)
+    took_part = {client: record["round"] for record in stopped.lines("metrics") for client in record["clients"]}
+    late = next(client for client, last in took_part.items() if last == 1)
+    states = tmp_path / "stopped" / "clients" / f"client-{late:05d}"
+    shutil.copy(next((tmp_path / "stopped" / "clients").glob("*/round-00002.safetensors")), states)
+    assert same(run(tmp_path / "stopped", *kept, resume=True), straight)
 
 
 def test_a_run_that_begins_takes_nothing_from_one_before_it(tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ def test_a_run_survives_the_death_of_a_rank_and_takes_in_another() -> None:
 
 
 @pytest.mark.launcher
+def test_a_client_that_comes_back_owes_nothing_of_a_round_that_was_played_without_it() -> None:
+    drilled("1", "--only", "replace, owing", "--first", "2")
+
+
+@pytest.mark.launcher
 def test_masks_of_a_client_that_dies_after_the_keys_were_exchanged_leave_no_trace() -> None:
     """Under secure aggregation, over gather (seed 0) and reduce (seed 1)."""
     drilled("2", "--only", "kill, masked")

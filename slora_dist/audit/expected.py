@@ -136,6 +136,9 @@ class Protocol:
             yield replace(want, round=1) if want.rank else want  # they are just being told where the run stands
         if life.first > 1:
             phase = self.phase(life.first - 1)
+            if self.config.keeps_state:
+                counted = {"counted": WORD_BYTES * self.config.clients.count}
+                yield from ranks.broadcast(life.first, "start", "control", counted, [1] * life.size)
             if any(earlier["folds"] or earlier["messages"].folding for earlier in self.phases[: phase["at"] + 1]):
                 yield from ranks.broadcast(life.first, "start", "control", {"base": 4 * self.plan["parameters"]}, [1] * life.size)
             if selection := phase["messages"].selection:

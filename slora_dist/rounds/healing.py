@@ -38,7 +38,7 @@ def heal(seat: Seat, error: TransportError) -> Checkpoint | None:
     checkpoint = seat.folder.latest()
     done = checkpoint.values["round"] if checkpoint else 0
     _note(seat, done + 1)
-    _enough(seat, done + 1)
+    enough(seat, done + 1)
     seat.where.operation = operation
     _bear(seat, done + 1, error)
     seat.folder.rewind(done if checkpoint else -1, bool(checkpoint and checkpoint.values["unjudged"]))
@@ -85,7 +85,7 @@ def missing(seat: Seat, number: int) -> dict[str, list[int]]:
     return {"ranks": ranks, "clients": sorted(absent(seat.config, number, seat.comm.size, seat.comm.members))}
 
 
-def _enough(seat: Seat, number: int) -> None:
+def enough(seat: Seat, number: int) -> None:
     """Raise on rank 0 when round ``number`` cannot be played any more; who goes when all are played is not missed."""
     if number > sum(phase.rounds for phase in seat.phases):
         return

@@ -27,7 +27,7 @@ from slora_dist.ledger import Label, Row, totals
 from slora_dist.log import say
 from slora_dist.roundplan import RoundPlan, plan_round, present
 from slora_dist.rounds import move, phases, scores, training
-from slora_dist.rounds.healing import heal, missing
+from slora_dist.rounds.healing import enough, heal, missing
 from slora_dist.rounds.seat import Seat
 from slora_dist.runfolder import SUMS, Checkpoint
 from slora_dist.stage import Stage
@@ -82,6 +82,8 @@ class Session:
         self.journal.recall(done)
         if anew and not done:
             self.seat.states.forget()  # before the phase's fingerprints are gathered, and so before anybody trains
+        elif self.config.keeps_state:
+            training.recall(self.seat, done, resumed)
         stage = phases.restore(self.seat, at, done, resumed) if done else phases.begin(self.seat, 0, None)
         end = self.rounds if stop_after is None else min(self.rounds, max(done, stop_after))
         while True:
@@ -113,6 +115,8 @@ class Session:
         began, self.where.round, self.comm.seconds = time.perf_counter(), number, 0.0
         if self.seat.group and self.seat.group.generations:
             self.seat.group.generations.welcome()
+        if self.is_root and self.seat.lost:  # with those who are away as planned, too few may be left in this round alone
+            enough(self.seat, number)
         plan = plan_round(self.config, number, self.comm.size, self.seat.federation.sizes, self.comm.members)
         self.seat.network.begin(plan, number)
         self.where.operation = "broadcast"
@@ -214,7 +218,11 @@ class Session:
         if finished_in != number or not _equal(mask_B, stage.mask_B):
             self._finished, self._finished_in = {}, (number, stage.mask_B)
         for client in clients:
-            sent = self._finished[client] if client in self._finished else training.update(self.seat, stage, number, client)
+            if client in self._finished:
+                self.seat.states.take_back(client, number)
+                yield self._finished[client]
+                continue
+            sent = training.update(self.seat, stage, number, client)
             if self.seat.group:
                 self._finished[client] = sent
             yield sent

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from slora_dist import privacy
+from slora_dist.agreement import tell
 from slora_dist.client import Recipe, Update, attempt
+from slora_dist.ledger import Label
 from slora_dist.log import say
+from slora_dist.roundplan import home
 from slora_dist.rounds.seat import Seat
+from slora_dist.runfolder import Checkpoint
 from slora_dist.seeding import derive
 from slora_dist.stage import Stage
 from slora_dist.support import Part
@@ -40,6 +44,22 @@ def update(seat: Seat, stage: Stage, number: int, client: int) -> tuple[Header, 
     if config.keeps_state:
         seat.states.save(client, number, state)
     return header, sent_n
+
+
+def recall(seat: Seat, done: int, resumed: Checkpoint | None) -> None:
+    """Let this rank's clients go on from their states after the last rounds up to ``done`` in which they took part, by rank 0's records.
+
+    A round that broke leaves states behind, and so does one that was played without a rank that comes back.
+    """
+    counted = [0] * seat.config.clients.count
+    for record in (*seat.folder.lines("metrics"), resumed.values["unjudged"]) if resumed else ():
+        for client in record["clients"] if record else ():
+            counted[client] = max(counted[client], record["round"])
+    if done:
+        counted = tell(seat.comm, counted, Label("start", done + 1, "control", {"counted": 8 * len(counted)}))
+    for client, last in enumerate(counted):
+        if home(client, seat.comm.size) == seat.comm.rank:
+            seat.states.rewind(client, last, done + 1)
 
 
 def _train(seat: Seat, stage: Stage, number: int, client: int, recipe: Recipe, state: State) -> Update:
