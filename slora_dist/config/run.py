@@ -200,9 +200,9 @@ class Config(Section):
         if phase.rule in MADE_ANEW and self.comm.wire.topk and self.comm.wire.feedback:
             problem = f"true with rule {phase.rule}, which makes factors anew: what a client still owes is of those before"
             raise ConfigError("comm.wire.feedback", problem, "false; or method.lowrank.rule fedavg, ffa, rolora, fedex, fair")
-        if phase.rule in ("fedex", "stack", "svd", "fair") and self.server.aggregate != "mean":
+        if phase.rule not in SUMMED and self.server.aggregate != "mean":
             problem = f"{self.server.aggregate} with rule {phase.rule}, which takes every client's factors as they are"
-            raise ConfigError("server.aggregate", problem, "mean; or method.lowrank.rule fedavg, ffa, rolora, fedsvd")
+            raise ConfigError("server.aggregate", problem, f"mean; or method.lowrank.rule {', '.join(SUMMED)}")
 
     def _client_ranks_fit(self, phase: LowrankPhase) -> None:
         if not phase.client_ranks:
