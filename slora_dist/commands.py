@@ -82,8 +82,10 @@ def slurm(options: argparse.Namespace) -> int:
         raise ConfigError(
             "clients.min_clients", "all ranks of this batch file end with the first that dies", "unset, or slurm/healing.sbatch"
         )
-    wanted = {field.name: getattr(options, field.name) for field in fields(slurm.Options) if field.name not in ("out", "python")}
-    text = slurm.sbatch(options.config, options.overrides, slurm.Options(**wanted, out=out_folder(options), python=sys.executable))
+    slurm.check_gpus(config, options.gpus_per_node)
+    wanted = {field.name: getattr(options, field.name) for field in fields(slurm.Options) if field.name not in ("out", "python", "threads")}
+    asked = slurm.Options(**wanted, out=out_folder(options), python=sys.executable, threads=config.run.threads)
+    text = slurm.sbatch(options.config, options.overrides, asked)
     print(text if options.dry_run else slurm.submit(text), end="")
     return 0
 
@@ -109,7 +111,11 @@ def study(options: argparse.Namespace) -> int:
         play.make(out)
         return min(1, play.play(study, out, [grid.cell(study, options.cell)], 1, tell))
     if options.slurm:
-        wanted = slurm.Options(1, str(out), 1, options.partition, options.account, options.time, python=sys.executable)
+        for cell in study.cells:
+            slurm.check_gpus(cell.config, options.gpus_per_node)
+        threads = max(cell.config.run.threads for cell in study.cells)
+        place = {"partition": options.partition, "account": options.account, "time": options.time, "gpus_per_node": options.gpus_per_node}
+        wanted = slurm.Options(1, str(out), **place, python=sys.executable, threads=threads)
         text = slurm.array(options.study, len(study.cells), study.ranks, options.jobs, wanted)
         print(text if options.dry_run else slurm.submit(text), end="")
         return 0

@@ -7,10 +7,11 @@ import re
 import shlex
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from slora_dist.config import Config
 from slora_dist.errors import ConfigError
 
 Launcher = Literal["torchrun", "srun", "mpi"]
@@ -57,7 +58,10 @@ wait $!
 
 @dataclass(frozen=True)
 class Options:
-    """What the batch file asks SLURM for. ``out`` is the run folder, ``python`` the interpreter that has slora_dist."""
+    """What the batch file asks SLURM for. ``out`` is the run folder, ``python`` the interpreter that has slora_dist.
+
+    ``threads`` are the cores of a task.
+    """
 
     nodes: int
     out: str
@@ -68,6 +72,8 @@ class Options:
     launcher: Launcher = "torchrun"
     requeue: bool = False
     python: str = "python"
+    gpus_per_node: int | None = None
+    threads: int = 1
 
 
 def sbatch(config_path: str, overrides: Sequence[str], options: Options) -> str:
@@ -85,6 +91,7 @@ def sbatch(config_path: str, overrides: Sequence[str], options: Options) -> str:
             *(f"#SBATCH {line}\n" for line in _requests(config_path, options)),
             f"set -euo pipefail\npython={shlex.quote(options.python)}\n{SECRET}",
             f"set -- {given}\n" if options.requeue else f"set -- {given} --out {out}\n",
+            _cores(options),
             START[options.launcher],
             ending,
         ]
@@ -97,9 +104,12 @@ def array(study: str, cells: int, ranks: int, at_a_time: int, options: Options) 
     Raises ``ConfigError`` as ``sbatch`` does.
     """
     given = shlex.join(["-m", "slora_dist", "study", study, "--out", options.out])
-    requests = [*_requests(study, options), f"--cpus-per-task={ranks}", f"--array=0-{cells - 1}%{_count('--jobs', at_a_time)}"]
+    requests = [
+        *_requests(study, replace(options, threads=ranks * options.threads)),
+        f"--array=0-{cells - 1}%{_count('--jobs', at_a_time)}",
+    ]
     lines = "".join(f"#SBATCH {line}\n" for line in requests)
-    start = f'srun --kill-on-bad-exit=1 "$python" {given} --cell "$SLURM_ARRAY_TASK_ID"\n'
+    start = f'srun --cpu-bind none --kill-on-bad-exit=1 "$python" {given} --cell "$SLURM_ARRAY_TASK_ID"\n'
     return f"#!/bin/bash\n{lines}set -euo pipefail\npython={shlex.quote(options.python)}\n{start}"
 
 
@@ -122,12 +132,27 @@ def _requests(config_path: str, options: Options) -> list[str]:
         f"--nodes={_count('--nodes', options.nodes)}",
         f"--ntasks-per-node={_count('--ranks-per-node', options.ranks_per_node)}",
     ]
+    if options.threads > 1:
+        lines.append(f"--cpus-per-task={options.threads}")
+    if options.gpus_per_node is not None:
+        lines.append(f"--gpus-per-node={_count('--gpus-per-node', options.gpus_per_node)}")
     for option, value in (("--partition", options.partition), ("--account", options.account), ("--time", options.time)):
         if value is not None:
             lines.append(f"{option}={_word(option, value)}")
     if options.requeue:  # append: the next life writes on; USR1 comes two minutes before the time is up, to the batch shell alone
         lines += ["--requeue", "--open-mode=append", "--signal=B:USR1@120"]
     return lines
+
+
+def _cores(options: Options) -> str:
+    """Return the line by which srun's tasks get the job's cores of a task: since SLURM 22.05 a step asks for them anew."""
+    return f"export SRUN_CPUS_PER_TASK={options.threads}\n" if options.threads > 1 and options.launcher != "torchrun" else ""
+
+
+def check_gpus(config: Config, gpus_per_node: int | None) -> None:
+    """Raise ``ConfigError`` when a run would wait for its turn to find no GPU."""
+    if config.run.device == "cuda" and gpus_per_node is None:
+        raise ConfigError("run.device", "cuda, but the batch file asks for no GPU", "auto, cpu; or --gpus-per-node N")
 
 
 def _count(option: str, number: int) -> int:

@@ -27,6 +27,7 @@ def test_a_job_on_one_machine_gets_a_fresh_secret(script: str, tmp_path: Path) -
     assert len(secrets) == 2 and all(len(bytes.fromhex(secret)) == 32 for secret in secrets)
     assert not any(secret in argument for secret in secrets for given, _, _ in runs for argument in given)
     assert all(given[-4:] == ["-m", "slora_dist", "train", "a.yaml"] and not said for given, _, said in runs)
+    assert started(script, tmp_path, COMMAND="doctor")[0][-2:] == ["doctor", "a.yaml"]
     assert started(script, tmp_path, SLORA_DIST_SECRET="my own")[1] == "my own"
     assert started(script, tmp_path, SLORA_DIST_SECRET_FILE="file")[1] == "none"
 

@@ -12,6 +12,7 @@ from slora_dist.errors import ConfigError
 from slora_dist.slurm import SECRET, START, TRAIN, TRAIN_AND_REQUEUE, Launcher, Options, sbatch
 
 SCRIPTS = Path(__file__).parents[1] / "slurm"
+CHOSEN = TRAIN.replace("train", '"${COMMAND:-train}"')  # by hand the doctor is started the same way
 
 
 def test_the_whole_file_for_srun() -> None:
@@ -72,6 +73,12 @@ def test_every_job_has_a_secret_of_its_own_that_no_argument_tells(tmp_path: Path
     assert (tmp_path / "secret").read_text() == "none\n"
 
 
+@pytest.mark.parametrize("script", ["torchrun", "direct", "mpi"])
+def test_a_script_starts_the_doctor_as_it_starts_a_run(script: str, tmp_path: Path) -> None:
+    given = run((SCRIPTS / f"{script}.sbatch").read_text(), tmp_path, PYTHON="python", COMMAND="doctor")
+    assert given[-2:] == ["slora_dist", "doctor"]
+
+
 def test_a_later_life_resumes(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").touch()
@@ -105,7 +112,13 @@ def test_a_run_that_is_to_heal_gets_no_batch_file_that_ends_it(capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("changed", "setting"),
-    [(["--nodes", "6"], "clients.per_round"), (["network.mode=sleep"], "network.mode"), (["comm.backend=mpi"], "comm.backend")],
+    [
+        (["--nodes", "6"], "clients.per_round"),
+        (["network.mode=sleep"], "network.mode"),
+        (["comm.backend=mpi"], "comm.backend"),
+        (["run.device=cuda"], "run.device"),
+        (["--gpus-per-node", "0"], "--gpus-per-node"),
+    ],
 )
 def test_what_its_ranks_cannot_play_is_refused_before_it_waits(
     changed: list[str], setting: str, capsys: pytest.CaptureFixture[str]
@@ -115,13 +128,23 @@ def test_what_its_ranks_cannot_play_is_refused_before_it_waits(
     assert f"error: {setting}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("launcher", "exported"), [("torchrun", 0), ("srun", 1), ("mpi", 1)])
+def test_a_rank_gets_the_cores_of_its_threads_and_a_node_its_gpus(launcher: str, exported: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """torchrun's ranks are no tasks of srun: its agent has all cores of the node."""
+    asked = ["slurm", str(SCRIPTS.parent / "configs/tiny.yaml"), "run.threads=4", "run.device=cuda", "--nodes", "2", "--gpus-per-node", "2"]
+    assert main([*asked, "--launcher", launcher, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --cpus-per-task=4\n" in text and "#SBATCH --gpus-per-node=2\n" in text
+    assert text.count("\nexport SRUN_CPUS_PER_TASK=4\n") == exported
+
+
 @pytest.mark.parametrize(
     ("script", "ending"),
     [
-        ("torchrun", START["torchrun"] + TRAIN),
-        ("direct", START["srun"] + TRAIN),
-        ("mpi", START["mpi"] + TRAIN),
-        ("mpirun", TRAIN),
+        ("torchrun", START["torchrun"] + CHOSEN),
+        ("direct", START["srun"] + CHOSEN),
+        ("mpi", START["mpi"] + CHOSEN),
+        ("mpirun", CHOSEN),
         ("requeue", START["torchrun"] + TRAIN_AND_REQUEUE),
     ],
 )

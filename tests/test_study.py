@@ -132,6 +132,27 @@ def test_the_array_job_has_a_task_for_each_cell(tmp_path: Path, capsys: pytest.C
     assert text.endswith(f"-m slora_dist study {path} --out 'a b' --cell \"$SLURM_ARRAY_TASK_ID\"\n")
 
 
+def test_an_array_job_asks_for_the_threads_of_its_ranks_and_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["study", str(write(tmp_path, ranks=2, set=SMALL | {"run.threads": 3, "run.device": "cuda"})), "--slurm", "--dry-run"]
+    assert main(asked) == 2 and "error: run.device: cuda, but the batch file asks for no GPU" in capsys.readouterr().err
+    assert main([*asked, "--gpus-per-node", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --cpus-per-task=6\n" in text and "#SBATCH --gpus-per-node=1\n" in text
+
+
+@pytest.mark.parametrize(
+    ("entries", "setting"),
+    [
+        ({"ranks": 5}, "set: clients.per_round"),
+        ({"axes": {"links": {"slow": {"network.mode": "sleep"}}}}, "links.slow: network.mode"),
+    ],
+)
+def test_what_its_ranks_cannot_play_is_refused_before_any_run(tmp_path: Path, entries: dict[str, Any], setting: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        grid.read(write(tmp_path, **entries))
+    assert caught.value.setting == setting
+
+
 # ---- tables
 
 

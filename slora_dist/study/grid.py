@@ -14,6 +14,8 @@ from pydantic import Field, ValidationError
 from slora_dist import settings
 from slora_dist.config import Config
 from slora_dist.errors import ConfigError
+from slora_dist.network import check_network
+from slora_dist.roundplan import check_world
 from slora_dist.section import Positive, Real, Section, explain
 
 Overrides = dict[str, Any]  # dotted setting -> value
@@ -146,7 +148,10 @@ def _cell(base: Path, file: StudyFile, axes: Mapping[str, Mapping[str, Overrides
     layers = {"set": file.set} | {f"{axis}.{label}": axes[axis][label] for axis, label in labels.items()} | {"seeds": {"run.seed": seed}}
     overrides = tuple(f"{name}={json.dumps(value)}" for layer in layers.values() for name, value in layer.items())
     try:
-        return Cell(labels, seed, overrides, settings.load(base, overrides))
+        config = settings.load(base, overrides)
+        check_world(config, file.ranks)
+        check_network(config, file.ranks)
+        return Cell(labels, seed, overrides, config)
     except ConfigError as error:
         blamed = [entry for entry, layer in layers.items() if any(_about(error.setting, name) for name in layer)]
         raise ConfigError(": ".join([*blamed[-1:], error.setting]), error.problem, error.allowed) from None
