@@ -15,16 +15,17 @@ from slora_dist.comm.base import Communicator
 from slora_dist.config import PRESETS, Config
 from slora_dist.job import Job
 from slora_dist.runfolder import RunFolder
+from slora_dist.timing import step_settings
 
 ROUNDS = 3  # of each phase; the first warms up and does not count
 TEST_DOCUMENTS = 8
 
 
 def rehearse(config: Config, comm: Communicator, device: torch.device) -> dict[str, Any] | None:
-    """Return on rank 0 ``{documents: of each client, phases: {phase: {step_seconds, server_seconds}}}``; every rank calls it.
+    """Return on rank 0 ``{documents: of each client, phases: {phase: {step_seconds, server_seconds}}, settings}``; every rank calls it.
 
-    ``step_seconds`` is the median of a client's training over its steps, ``server_seconds`` what rank 0 needs in a round besides waiting,
-    moving and evaluating. Raises ``ConfigError`` as the run would.
+    ``settings`` are those that a step depends on. ``step_seconds`` is the median of a client's training over its steps, ``server_seconds``
+    what rank 0 needs in a round besides waiting, moving and evaluating. Raises ``ConfigError`` as the run would.
     """
     with tempfile.TemporaryDirectory(prefix="slora-dist-") as scratch:
         job = Job(rehearsal(config), comm, Path(scratch) / "run", device)
@@ -36,7 +37,8 @@ def rehearse(config: Config, comm: Communicator, device: torch.device) -> dict[s
         metrics = job.folder.lines("metrics")
         usual = statistics.median(line["num_examples"] // (len(line["clients"]) - len(line["left_out"])) for line in metrics)
         documents = session.seat.federation.sizes or [int(usual)] * config.clients.count
-        return {"documents": documents, "phases": _phases(config, job.folder, documents, comm.size)}
+        phases = _phases(config, job.folder, documents, comm.size)
+        return {"documents": documents, "phases": phases, "settings": step_settings(config)}
 
 
 def rehearsal(config: Config) -> Config:

@@ -27,6 +27,7 @@ from slora_dist.wire import HEADER_BYTES
 PARTS = ("broadcast", "train", "upload", "server", "control")
 VERBS = ("broadcast", "gather", "reduce")
 MEASURED = "a file that `slora-dist doctor CONFIG.yaml --out FILE` wrote"
+TIMELESS = ("kind", "rounds", "lr", "lr_decay")  # settings of a phase that make no step longer
 NOTES_BYTES = 4096  # about what a rank's notes of a round take
 
 
@@ -57,6 +58,7 @@ class _Machine:
     verbs: list[_Verb]
     documents: list[PositiveInt]
     phases: dict[str, _Local]
+    settings: dict[str, Any]
 
 
 _MACHINE = TypeAdapter(_Machine)
@@ -81,22 +83,43 @@ def read_machine(path: Path) -> dict[str, Any]:
     return machine
 
 
+def step_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that a step of local training depends on, dotted name -> value as JSON has it; phases by their names."""
+    clients = {f"clients.{name}": getattr(config.clients, name) for name in ("batch_size", "optimizer")}
+    found = {f"model.{name}": value for name, value in config.model.model_dump().items()}
+    found |= {"data.max_length": config.data.max_length} | clients | {"run.threads": config.run.threads}
+    for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
+        found |= {f"method.{name}.{key}": value for key, value in phase.model_dump().items() if key not in TIMELESS}
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def require_fit(config: Config, machine: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` when the file knows no phase of the run, or was measured with other clients or settings of a step."""
+    documents, own, found = machine["documents"], step_settings(config), machine["settings"]
+    if len(documents) != config.clients.count:
+        problem = f"measured with {len(documents)} clients, and clients.count is {config.clients.count}"
+        raise ConfigError("--machine", problem, "a file measured with this config")
+    for name in methods.names(config.method):
+        if name not in machine["phases"]:
+            raise ConfigError("--machine", f"knows no phase {name}", f"a file measured with this config ({', '.join(machine['phases'])})")
+    for name, value in own.items():
+        if name not in found or found[name] != value:
+            problem = f"measured with {name} {json.dumps(found.get(name))}, and here it is {json.dumps(value)}"
+            raise ConfigError("--machine", problem, "a file measured with this config")
+
+
 def predict(config: Config, classifier: TaskModel, machine: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return the mean seconds of a round of every phase, ``{phase: {broadcast, train, upload, server, control, round}}``.
 
     All are those of the client whose update is there last, ``control`` the notes of the ranks, ``round`` the sum;
-    evaluation is not in it. The world is the one that was measured. Raises ``ConfigError`` when the file knows no phase of that name, was
-    measured with other clients, or lacks a verb.
+    evaluation is not in it. The world is the one that was measured. Raises ``ConfigError`` as ``require_fit`` does, and when a verb lacks.
     """
     size, first, seconds = int(machine["world"]["size"]), 1, {}
     documents = machine["documents"]
-    if len(documents) != config.clients.count:
-        problem = f"measured with {len(documents)} clients, and clients.count is {config.clients.count}"
-        raise ConfigError("--machine", problem, "a file measured with this config")
+    require_fit(config, machine)
     for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
-        local = machine["phases"].get(name)
-        if local is None:
-            raise ConfigError("--machine", f"knows no phase {name}", f"a file measured with this config ({', '.join(machine['phases'])})")
+        local = machine["phases"][name]
         messages = exchanges(config, classifier)[name]
         sizes = dict(zip(messages.numbers(), messages.faithful(), strict=True))
         plans = {number: plan_round(config, number, size, documents) for number in range(first, first + phase.rounds)}

@@ -15,7 +15,7 @@ from slora_dist.config import PRESETS
 from slora_dist.data.federation import class_names
 from slora_dist.errors import ConfigError
 from slora_dist.model import TaskModel, shell
-from slora_dist.timing import NOTES_BYTES, PARTS, predict, read_machine
+from slora_dist.timing import NOTES_BYTES, PARTS, predict, read_machine, step_settings
 from slora_dist.wire import HEADER_BYTES
 from tests.tiny import TINY, tiny
 
@@ -28,7 +28,8 @@ def machine(size: int = 4, **phases: dict[str, float]) -> dict[str, Any]:
         for verb, factor, held in (("broadcast", 3, 2 / 3), ("gather", 3, 1), ("reduce", 2, 1))
         for nbytes in (0, 10**6)
     ]
-    return {"world": {"size": size}, "verbs": rows, "documents": [40] * 6, "phases": phases}
+    measured = step_settings(fft()[0])
+    return {"world": {"size": size}, "verbs": rows, "documents": [40] * 6, "phases": phases, "settings": measured}
 
 
 def fft(*overrides: str) -> tuple[Any, TaskModel, int]:
@@ -102,6 +103,22 @@ def test_beyond_the_largest_size_time_grows_with_the_bytes() -> None:
     small = machine(dense=LOCAL)
     small["verbs"] = [row | {"bytes": row["bytes"] // 10**4, "seconds": 3.0, "own_seconds": 2.0} for row in small["verbs"]]
     assert predict(config, classifier, small)["dense"]["broadcast"] == pytest.approx(3 * nbytes / 100, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("data.max_length=64", "measured with data.max_length 32, and here it is 64"),
+        ("model.config.hidden_size=32", "measured with model.config "),
+        ("clients.batch_size=4", "measured with clients.batch_size 16, and here it is 4"),
+        ("run.threads=2", "measured with run.threads 1, and here it is 2"),
+    ],
+)
+def test_a_machine_measured_with_another_step_foretells_nothing(change: str, words: str) -> None:
+    _, classifier, _ = fft()
+    with pytest.raises(ConfigError, match=f"--machine: {words}"):
+        predict(fft(change)[0], classifier, machine(dense=LOCAL))
+    predict(fft("method.dense.rounds=9", "method.dense.lr=1", "clients.epochs=7")[0], classifier, machine(dense=LOCAL))
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "custom"])

@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import fmean
 
 from slora_dist import personal
+from slora_dist.errors import ConfigError
+from slora_dist.log import say
 from slora_dist.network import agreements
 from slora_dist.report.read import Line, Run
 
@@ -12,23 +14,25 @@ Parts = dict[str, float]  # mean seconds of a round, by the parts that ``timing`
 
 
 def predicted(run: Run, machine: Path | None) -> dict[str, Parts] | None:
-    """Return the foretold parts by phase, or None without a machine, or with one measured for other phases, clients or ranks.
+    """Return the foretold parts by phase, or None without a machine, or with one measured for another run, which is said.
 
     Raises ``ConfigError`` when the file is none of ``slora-dist doctor CONFIG``.
     """
     if machine is None:
         return None
-    from slora_dist import methods, timing  # they bring transformers and peft, which no other part of a report needs
+    from slora_dist import timing  # they bring transformers and peft, which no other part of a report needs
     from slora_dist.data.federation import class_names
     from slora_dist.model import shell
 
     found = timing.read_machine(machine)
-    fits = (
-        set(methods.names(run.config.method)) <= set(found["phases"])
-        and found["world"]["size"] == run.world["size"]
-        and len(found["documents"]) == run.config.clients.count
-    )
-    return timing.predict(run.config, shell(run.config.model, class_names(run.config)), found) if fits else None
+    try:
+        timing.require_fit(run.config, found)
+        if found["world"]["size"] != run.world["size"]:
+            raise ConfigError("--machine", f"measured on {found['world']['size']} ranks", f"a file measured on {run.world['size']}")
+    except ConfigError as error:
+        say(0, f"no prediction for {run.path}: {error}")
+        return None
+    return timing.predict(run.config, shell(run.config.model, class_names(run.config)), found)
 
 
 def measured(run: Run) -> dict[str, Parts]:

@@ -24,7 +24,7 @@ from slora_dist.report.predicted import measured, predicted
 from slora_dist.report.read import Run, group, load
 from slora_dist.runfolder import RunFolder
 from slora_dist.show import size
-from slora_dist.timing import PARTS
+from slora_dist.timing import PARTS, step_settings
 from tests.ranks import run_ranks
 from tests.report.made import make
 from tests.tiny import SHORT, tiny
@@ -150,7 +150,7 @@ def test_a_collective_fills_the_gaps_that_training_leaves(tmp_path: Path) -> Non
     assert list(gantt.gaps(0.0, 3.0, [gantt.Bar(1, "train", 1.0, 1.0)])) == [(0.0, 1.0), (2.0, 2.0)]
 
 
-def test_a_prediction_stands_beside_what_was_measured(tmp_path: Path) -> None:
+def test_a_prediction_stands_beside_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = load(make(tmp_path / "run", RISING, network=False))
     found = measured(run)
     # rank 1 moved 2 of the broadcast's 3 s and trained 4 s; rank 0 was 3 s in the gather; 10 s less evaluation 1 s, communication 2 s
@@ -164,6 +164,7 @@ def test_a_prediction_stands_beside_what_was_measured(tmp_path: Path) -> None:
     ]
     local = {"step_seconds": 0.1, "server_seconds": 0.2}
     machine = {"world": {"size": 2}, "verbs": verbs, "phases": {"sparse": local, "lowrank": local}, "documents": [8] * 4}
+    machine["settings"] = step_settings(run.config)
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(machine))
     foretold = predicted(run, path)
@@ -172,7 +173,9 @@ def test_a_prediction_stands_beside_what_was_measured(tmp_path: Path) -> None:
     assert list(table.rows[1][:2]) == ["sparse", "train"] and table.rows[1][4] == f"{foretold['sparse']['train'] / 4:.2f}"
     assert "A round, predicted and measured" in report([run.path], tmp_path / "out", Options(machine=path)).read_text()
     path.write_text(json.dumps(machine | {"world": {"size": 3}}))
-    assert predicted(run, path) is None, "measured on other ranks"
+    assert predicted(run, path) is None and f"no prediction for {run.path}: --machine: measured on 3 ranks" in capsys.readouterr().err
+    path.write_text(json.dumps(machine | {"settings": machine["settings"] | {"run.threads": 2}}))
+    assert predicted(run, path) is None and "measured with run.threads 2, and here it is 1" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--machine"):
         predicted(run, tmp_path / "none.json")
 
