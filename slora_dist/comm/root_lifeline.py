@@ -210,8 +210,8 @@ class RootLifeline:
                     self._change.notify_all()
             return
         say(0, f"refused rank {rank}: {refusal}")
+        self._let_go(rank, line)  # before it is told: it may come again at once
         line.send(REFUSED, reason_of(refusal))
-        self._let_go(rank, line)
 
     def _let_go(self, rank: int, line: Line) -> None:
         """Forget a rank that leaves, or that may not stay: nobody waits for it any more, and its end is no loss."""
