@@ -126,7 +126,7 @@ def is_rank(pid: int) -> bool:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun", "mpi"])
 def test_slurm_and_shellcheck_accept_what_is_written(slurm: SlurmCluster, shared: Path, launcher: str) -> None:
-    options = ["--nodes", "3", "--ranks-per-node", "2", "--partition", "test", "--time", "10:00", "--launcher", launcher, "--requeue"]
+    options = ["--nodes", "2", "--ranks-per-node", "2", "--partition", "test", "--time", "10:00", "--launcher", launcher, "--requeue"]
     text = slurm(sys.executable, "-m", "slora_dist", "slurm", "configs/tiny.yaml", "data.limit=64", *options, "--dry-run", cwd=shared)
     (shared / "job.sbatch").write_text(text)
     slurm("sbatch", "--test-only", "job.sbatch", cwd=shared)
