@@ -197,6 +197,12 @@ class RunFolder:
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
+    def played(self, checkpoint: Checkpoint | None) -> list[dict[str, Any]]:
+        """Return the records of all rounds up to a checkpoint, with that of the last one where its score is still to come."""
+        if checkpoint is None:
+            return []
+        return [record for record in (*self.lines("metrics"), checkpoint.values["unjudged"]) if record]
+
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Return the lines of such a file; an unfinished last one is left out. Raises ``ConfigError`` for any other damage."""
         path = self.path / f"{name}.jsonl"

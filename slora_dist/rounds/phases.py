@@ -96,10 +96,9 @@ def _gone(seat: Seat, stage: Stage, last: int, resumed: Checkpoint | None) -> di
     """Return the clients that were not there in each round of a phase up to round ``last``: what a client lacks follows from them."""
     rounds = range(stage.first, last + 1)
     gone = np.zeros((len(rounds), seat.config.clients.count), dtype=np.bool_)
-    if resumed:
-        for record in (*seat.folder.lines("metrics"), resumed.values["unjudged"]):
-            if record and record["round"] in rounds:
-                gone[record["round"] - stage.first, record["missing"]["clients"]] = True
+    for record in seat.folder.played(resumed):
+        if record["round"] in rounds:
+            gone[record["round"] - stage.first, record["missing"]["clients"]] = True
     wire_B = torch.from_numpy(np.packbits(gone))
     seat.comm.broadcast(wire_B, stage.label(last + 1, "control", {"absent": wire_B.numel()}), clients=1)
     told = np.unpackbits(wire_B.numpy(), count=gone.size).reshape(gone.shape)

@@ -49,8 +49,7 @@ class Seat:
         self.config, self.comm, self.classifier, self.federation, self.folder = config, comm, classifier, federation, folder
         self.is_root = comm.rank == 0
         generations = group.generations if group else None
-        self.where = where
-        self.journal = Journal(comm.ledger, generations.lifeline.sockets) if generations else Journal(comm.ledger)
+        self.where, self.journal = where, Journal(comm.ledger, generations.lifeline.sockets if generations else tuple)
         self.device, self.network = device, network
         self.group, self.sealed = group, sealed  # the group of ranks, where it can be formed anew, and the encryption around it
         self.net = classifier.net.to(device)

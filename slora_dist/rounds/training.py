@@ -52,8 +52,8 @@ def recall(seat: Seat, done: int, resumed: Checkpoint | None) -> None:
     A round that broke leaves states behind, and so does one that was played without a rank that comes back.
     """
     counted = [0] * seat.config.clients.count
-    for record in (*seat.folder.lines("metrics"), resumed.values["unjudged"]) if resumed else ():
-        for client in record["clients"] if record else ():
+    for record in seat.folder.played(resumed):
+        for client in record["clients"]:
             counted[client] = max(counted[client], record["round"])
     if done:
         counted = tell(seat.comm, counted, Label("start", done + 1, "control", {"counted": 8 * len(counted)}))
