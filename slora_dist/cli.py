@@ -86,6 +86,7 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
         from slora_dist.admission import admit, joining
 
     place, healing = device.choose(config.run.device, world), _healing(config, options)
+    where.operation = f"connect within {comm.INIT_SECONDS:.0f} s"
     communicator = comm.connect(config.comm.backend, world, os.environ, config.comm.timeout, place, healing)
     where.operation = "admission"
     try:

@@ -39,6 +39,8 @@ export SLURM_KILL_BAD_EXIT=1
 start=(srun "$python")
 """,
     "mpi": """\
+# MPICH over UCX publishes 4 KB of address, which pmi2 garbles where a line grows beyond 1024 bytes; over OFI it has 16 bytes.
+export MPICH_CH4_NETMOD=${MPICH_CH4_NETMOD:-ofi}
 start=(srun --mpi "${SLURM_MPI_TYPE:-pmi2}" --kill-on-bad-exit=1 "$python")
 """,
 }

@@ -1,4 +1,4 @@
-"""A rank that does not belong, says nothing, dies, or is asked to leave.
+"""A rank that does not belong, does not come, says nothing, dies, or is asked to leave.
 
 ``python -m tests.impostor KIND RANK train ...`` is the program itself on all ranks but RANK.
 """
@@ -38,15 +38,16 @@ def keep_silent() -> None:
 
 
 def hurry() -> None:
-    """Wait for a silent rank no longer than a test may."""
+    """Wait for a silent rank, or in MPI_Init for an absent one, no longer than a test may."""
     from slora_dist import admission
+    from slora_dist.comm import mpi_comm
 
-    admission.INIT_SECONDS = 2.0
+    admission.INIT_SECONDS = mpi_comm.INIT_SECONDS = 2.0
 
 
 if __name__ == "__main__":
     kind, which, *arguments = sys.argv[1:]
-    if kind == "silent":
+    if kind in ("silent", "absent"):
         hurry()
     if detect(os.environ).rank == int(which):
         if kind == "secret":
@@ -55,6 +56,8 @@ if __name__ == "__main__":
             slora_dist.__version__ = "0.0.9"
         elif kind == "config":
             arguments += ["method.sparse.lr=0.125"]
+        elif kind == "absent":
+            signal.pause()
         elif kind == "silent":
             keep_silent()
         elif kind == "killed" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":

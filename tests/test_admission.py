@@ -238,6 +238,13 @@ def test_a_rank_that_says_nothing_holds_nobody_up(launcher: str, tmp_path: Path)
 
 
 @pytest.mark.launcher
+def test_a_rank_that_never_comes_holds_up_nobody_in_mpi_init(tmp_path: Path) -> None:
+    ended = launched("mpiexec", "absent", "1", "train", str(TINY), "--out", str(tmp_path / "run"))
+    assert ended.returncode != 0 and not (tmp_path / "run").exists()
+    assert "[rank 0] died in phase start, round 0, connect within 120 s: " in ended.stderr, ended.stderr[-3000:]
+
+
+@pytest.mark.launcher
 @pytest.mark.parametrize(("launcher", "ranks", "summed"), [("torchrun", 2, "float"), ("mpiexec", 3, "exact")])
 def test_a_launched_job_that_holds_together_is_played_and_audited(launcher: str, ranks: int, summed: str, tmp_path: Path) -> None:
     """Sealed, and over MPI masked, too: with the bits of a world of one in the clear."""

@@ -9,6 +9,7 @@ Legend: B bytes of a message, b bytes of a bucket or less.
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -213,7 +214,11 @@ class MpiComm:
 
 
 def _start() -> Any:
-    """Import, and thereby initialise, MPI."""
+    """Import, and thereby initialise, MPI; a rank that ``INIT_SECONDS`` later has not met the others is ended by SIGALRM.
+
+    MPI_Init has no time-out, and no thread of Python runs while it waits: only the kernel can end it.
+    """
+    signal.alarm(int(INIT_SECONDS))
     try:
         import mpi4py
 
@@ -225,4 +230,6 @@ def _start() -> Any:
     except (ImportError, RuntimeError) as error:
         cause = str(error).partition("\n")[0]
         raise ConfigError("comm.backend", f"mpi cannot be used ({cause})", "gloo, or pip install 'slora-dist[mpi]' first") from error
+    finally:
+        signal.alarm(0)
     return MPI

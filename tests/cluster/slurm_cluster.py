@@ -5,6 +5,7 @@ something inside a job and nothing outside.
 """
 
 import os
+import random
 import re
 import secrets
 import shutil
@@ -61,8 +62,6 @@ class SlurmCluster:
         self.folder, self.nodes = folder, nodes
         self.environ = {name: value for name, value in environ.items() if not name.startswith("SLURM_")}
         self.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-        # the addresses of all transports of UCX are long, and pmi2 garbles them in some jobs: MPI_Init then fails before any line of ours
-        self.environ.setdefault("UCX_TLS", "tcp,self")
 
     def up(self) -> None:
         """Start the daemons and return when all nodes are idle."""
@@ -121,7 +120,11 @@ class SlurmCluster:
 
     def wait(self, number: str, timeout: float = 120) -> dict[str, str]:
         """Return a job's facts once it has ended."""
-        self.until(lambda: self.job(number)["JobState"] in ENDED, f"the end of job {number}", timeout)
+        try:
+            self.until(lambda: self.job(number)["JobState"] in ENDED, f"the end of job {number}", timeout)
+        except TimeoutError:
+            self("scancel", number)  # the next ones need its nodes
+            raise
         return self.job(number)
 
     def _tend(self) -> None:
@@ -139,10 +142,13 @@ class SlurmCluster:
                 self("scontrol", "release", line.split()[0])
 
     def _state(self) -> str:
-        """Return the queue, the nodes, and the last complaints of each daemon."""
+        """Return the queue, the nodes, what each job printed last, and the last complaints of each daemon."""
         said = [self("squeue", "-r", "-o", "%i %T %r"), self("sinfo", "-N", "-o", "%N %T %E")]
+        for number in self("squeue", "-h", "-t", "running", "-o", "%A").split():
+            printed = Path(self.job(number)["StdOut"])
+            said += [str(printed), *(printed.read_text().splitlines()[-20:] if printed.exists() else [])]
         for file in sorted(self.folder.glob("*.log")):
-            complaints = [line for line in file.read_text().splitlines() if "error" in line and "pmi" not in line]
+            complaints = [line for line in file.read_text().splitlines() if "error" in line and "pmix" not in line]
             said += [file.name, *complaints[-10:]]
         return "\n".join(said)
 
@@ -166,10 +172,12 @@ class SlurmCluster:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Return ports that nothing listens at, below those that the kernel gives to clients."""
+    free = []
+    for port in random.sample(range(20000, 32000), 1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            free.append(port)
+        if len(free) == count:
+            break
+    return free
