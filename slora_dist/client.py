@@ -6,7 +6,7 @@ Legend: N coordinates.
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +56,18 @@ class Recipe:
 
 
 def attempt(net: nn.Module, support: Support, start_N: Tensor, documents: Encoded, recipe: Recipe, seed: int) -> Update:
-    """Do what ``train`` does, where the failure of one client is no failure of the run: it is left out of the round.
+    """Do what ``train`` does, where the failure of one client is no failure of the run: it is left out of the round."""
+    return bearing(lambda: train(net, support, start_N, documents, recipe, seed), net, start_N.numel())
 
-    Left out is a client whose training raises, gives numbers that are not finite, or exceeds its deadline.
+
+def bearing(work: Callable[[], Update], net: nn.Module, numel: int) -> Update:
+    """Return the update of ``work``, or, for a client that is left out, ``numel`` zeros and the reason.
+
+    Left out is a client whose work raises, gives numbers that are not finite, or exceeds its deadline.
     """
     began = time.perf_counter()
     try:
-        update = train(net, support, start_N, documents, recipe, seed)
+        update = work()
         if math.isfinite(update.loss) and finite(update.delta_N):
             return update
         reason, cause = "not finite", f"loss {update.loss}"
@@ -73,7 +78,7 @@ def attempt(net: nn.Module, support: Support, start_N: Tensor, documents: Encode
     except Exception as error:  # whatever a client's data or a library may raise
         reason, cause = "failed", f"{error.__class__.__name__}: {str(error).partition(chr(10))[0]}"
     net.zero_grad(set_to_none=True)  # a step that was broken off has left some; weights are written anew for every client
-    return Update(torch.zeros_like(start_N), 0, 0.0, time.perf_counter() - began, reason, cause)
+    return Update(torch.zeros(numel), 0, 0.0, time.perf_counter() - began, reason, cause)
 
 
 def train(net: nn.Module, support: Support, start_N: Tensor, documents: Encoded, recipe: Recipe, seed: int) -> Update:

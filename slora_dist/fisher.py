@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slora_dist import masks
-from slora_dist.client import Update
+from slora_dist.client import Update, bearing
 from slora_dist.config import AnyPhase, SparsePhase
 from slora_dist.data.tokens import Encoded, batches, order
 from slora_dist.linear import fast
@@ -70,6 +70,11 @@ def selection(phase: AnyPhase, coordinates: Support) -> Selection | None:
         return None
     masked = [slot for slot in coordinates.slots if slot.kind == "value" and slot.count < prod(slot.shape)]
     return Selection(masked) if masked else None
+
+
+def score(net: nn.Module, scores: Support, documents: Encoded, count: int, pad: int, seed: int) -> Update:
+    """Do what ``squared_gradients`` does, where a client that fails is left out of the choice."""
+    return bearing(lambda: squared_gradients(net, scores, documents, count, pad, seed), net, scores.numel)
 
 
 def squared_gradients(net: nn.Module, scores: Support, documents: Encoded, count: int, pad: int, seed: int) -> Update:

@@ -1,12 +1,15 @@
 """Masks that follow the clients' gradients. Legend: M entries of all masked tensors."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from slora_dist import methods
+from slora_dist import fisher, methods
 from slora_dist.audit.checks import audit
+from slora_dist.client import Update
 from slora_dist.config import MethodConfig, SparsePhase
 from slora_dist.data.tokens import batches, order
 from slora_dist.fisher import Selection, selection, squared_gradients
@@ -67,6 +70,26 @@ def test_the_mask_travels_in_the_shorter_form_and_says_the_largest_scores(count:
         kept = len(read[name])
         assert read[name].tolist() == sorted(scores_M.topk(kept).indices.tolist())
     assert len(read["a"]) == count
+
+
+def test_a_client_that_fails_while_it_scores_is_left_out_of_the_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The mask is that of the others, and the accounts agree."""
+    true, count = fisher.squared_gradients, itertools.count()
+
+    def breaking(*args: Any) -> Update:
+        if next(count) == 1:
+            raise OSError("its disk is gone")
+        return true(*args)
+
+    whole = run(tmp_path / "whole", *GRADIENT)
+    monkeypatch.setattr(fisher, "squared_gradients", breaking)
+    folder = run(tmp_path / "run", *GRADIENT)
+    left_out = folder.lines("metrics")[0]["clients"][1]
+    assert f"client {left_out} is left out of the choice of the mask: failed (OSError: its disk is gone)" in capfd.readouterr().err
+    assert [record["left_out"] for record in folder.lines("metrics")] == [{}] * 3 and not same(whole, folder)
+    assert [fault for check in audit(folder) for fault in check.faults or ()] == []
 
 
 def play(rank: int, size: int, folder: str) -> None:

@@ -34,8 +34,8 @@ def run(out: Path, *overrides: str, resume: bool = False, stop_after: int | None
 
 
 def metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return what a round's record says, but for its seconds."""
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in folder.lines("metrics")]
+    """Return what a round's record says, but for its seconds and the transport."""
+    return [{key: value for key, value in line.items() if key not in ("seconds", "transport")} for line in folder.lines("metrics")]
 
 
 def tensors(folder: RunFolder) -> dict[str, bytes]:

@@ -27,9 +27,9 @@ class Moved:
 
 def sockets(run: Run) -> Iterator[str] | None:
     """Each rank's TCP connections carried what its ledger says, and little more."""
-    lives = [life for life in run.lives if life.size > 1]
+    lives = [life for life in run.lives if life.size > 1 and run.transport(life) == "gloo"]
     counted = any(line["tcp"]["received_bytes"] for line in run.counters)
-    return _sockets(run, lives) if run.transport == "gloo" and lives and counted else None
+    return _sockets(run, lives) if lives and counted else None
 
 
 def _sockets(run: Run, lives: list[Life]) -> Iterator[str]:

@@ -15,7 +15,6 @@ class Run:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder, self.config = folder, folder.config()
-        self.transport = folder.transport
         self.classifier = shell(self.config.model, class_names(self.config))
         self.plan = plan(self.config, self.classifier, [])
         self.metrics = folder.lines("metrics")
@@ -28,6 +27,10 @@ class Run:
         sizes = Federation(self.config, tokenizer(self.config.model)).sizes
         self.protocol = Protocol(self.config, self.plan, exchanges(self.config, self.classifier), sizes, clients)
         self.lives = self.protocol.lives(self.ledger, self.done, ranks)
+
+    def transport(self, life: Life) -> str:
+        """Return the transport of a life: a run that goes on may do so over another one."""
+        return str(self.metrics[life.first - 1].get("transport", self.folder.transport))
 
     def life(self, number: int) -> Life:
         """Return the life that played round ``number``."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from slora_dist import upload
 from slora_dist.aggregate.server import take
-from slora_dist.fisher import Selection, squared_gradients
+from slora_dist.fisher import Selection, score
 from slora_dist.ledger import Label
+from slora_dist.log import say
 from slora_dist.roundplan import plan_round
 from slora_dist.rounds.seat import Seat
 from slora_dist.seeding import derive
@@ -54,6 +55,8 @@ def _scores(seat: Seat, at: int, number: int, clients: list[int], selection: Sel
     for client in clients:
         seed = derive(seat.config.run.seed, "scores", client)
         documents = seat.federation.client(client)
-        update = squared_gradients(seat.net, selection.scores, documents, phase.mask_documents, seat.pad, seed)
-        header = Header(client, at, number, update.num_examples, update.loss, update.seconds, selection.wire.nbytes)
-        yield header, update.delta_N
+        update = score(seat.net, selection.scores, documents, phase.mask_documents, seat.pad, seed)
+        if update.reason:
+            say(seat.comm.rank, f"client {client} is left out of the choice of the mask: {update.reason} ({update.cause})")
+        told = (update.num_examples, update.loss, update.seconds)
+        yield Header(client, at, number, *told, selection.wire.nbytes, reason=update.reason), update.delta_N

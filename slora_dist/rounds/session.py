@@ -126,7 +126,7 @@ class Session:
         overlapped = time.perf_counter() - sent
         self.where.operation = "upload"
         received, folded = self._upload(stage, number, plan)
-        record: dict[str, Any] = {"round": number, "phase": stage.name}
+        record: dict[str, Any] = {"round": number, "phase": stage.name, "transport": self.comm.comm.name}
         if self.config.clients.min_clients or self.config.clients.away:
             record["missing"] = missing(self.seat, number)
         record |= self._judge(stage, number, received)
