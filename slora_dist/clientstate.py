@@ -37,6 +37,10 @@ class ClientStates:
             raise RunError(f"the state of client {client} in {earlier[-1]} cannot be read: {error}") from error
         return state
 
+    def has(self, client: int) -> bool:
+        """Whether any state of ``client`` is here."""
+        return bool(self._states(client))
+
     def save(self, client: int, number: int, state: Mapping[str, Tensor]) -> None:
         """Keep the state that ``client`` has after round ``number``. Raises ``RunError`` naming the file when it cannot be written."""
         folder = self._folder(client)

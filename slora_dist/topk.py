@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slora_dist import codec
 from slora_dist.config import Indices, Values
-from slora_dist.errors import RunError
+from slora_dist.errors import ConfigError, RunError
 from slora_dist.formats import FORMATS
 from slora_dist.masks import largest
 from slora_dist.support import Support
@@ -26,6 +26,8 @@ class TopK:
 
     def __init__(self, support: Support, values: Values, indices: Indices, share: float) -> None:
         assert indices != "implicit"
+        if indices == "int32" and support.numel > 1 << 31:
+            raise ConfigError("comm.wire.indices", f"int32 cannot tell {support.numel} coordinates apart", "gap or gap+zstd")
         self.support, self.format, self.indices = support, FORMATS[values], indices
         self.k = max(1, round(share * support.numel))
         self.varies = "index" if indices != "int32" else None  # the kind of bytes whose number is a message's own

@@ -93,6 +93,17 @@ def test_a_run_that_goes_on_takes_nothing_of_rounds_that_did_not_count(tmp_path:
     assert same(run(tmp_path / "stopped", *kept, resume=True), straight)
 
 
+def test_a_state_that_is_not_on_this_machine_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kept = (*SHORT, "comm.wire.topk=0.2", "comm.wire.indices=gap", "method.sparse.rounds=5")
+    stopped = run(tmp_path / "run", *kept, stop_after=2)
+    took_part = {client: record["round"] for record in stopped.lines("metrics") for client in record["clients"]}
+    gone, last = next(iter(took_part.items()))
+    shutil.rmtree(stopped.path / "clients" / f"client-{gone:05d}")
+    run(tmp_path / "run", resume=True)
+    said = [line for line in capfd.readouterr().err.splitlines() if "no state of it here" in line]
+    assert len(said) == 1 and f"client {gone} took part in round {last}, " in said[0]
+
+
 def test_a_run_that_begins_takes_nothing_from_one_before_it(tmp_path: Path) -> None:
     kept = (*SHORT, "comm.wire.topk=0.2", "comm.wire.indices=gap")
     clean, before = run(tmp_path / "clean", *kept), run(tmp_path / "before", *kept, "run.seed=1")  # which draws others first

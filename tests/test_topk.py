@@ -33,6 +33,13 @@ def some_update(seed: int = 0) -> Tensor:
     return torch.randn(N, generator=torch.Generator().manual_seed(seed)) ** 3
 
 
+def test_int32_positions_end_at_two_to_the_31() -> None:
+    large = Support([Slot.whole("a", (1 << 16, 1 << 15), "value"), Slot.whole("b", (1,), "head")])
+    TopK(large, "float32", "gap", 0.02)
+    with pytest.raises(ConfigError, match=r"comm.wire.indices: int32 cannot tell 2147483649 coordinates apart .*gap"):
+        TopK(large, "float32", "int32", 0.02)
+
+
 @every_index
 @pytest.mark.parametrize("values", FORMATS)
 def test_round_trip(values: Values, indices: Indices) -> None:

@@ -60,6 +60,9 @@ def recall(seat: Seat, done: int, resumed: Checkpoint | None) -> None:
     for client, last in enumerate(counted):
         if home(client, seat.comm.size) == seat.comm.rank:
             seat.states.rewind(client, last, done + 1)
+            if last and not seat.states.has(client):
+                problem = f"client {client} took part in round {last}, and {seat.folder.path / 'clients'} has no state of it here"
+                say(seat.comm.rank, f"{problem}: it begins anew; the run folder must lie where all ranks see it")
 
 
 def _train(seat: Seat, stage: Stage, number: int, client: int, recipe: Recipe, state: State) -> Update:
