@@ -70,12 +70,10 @@ def fetch(options: argparse.Namespace) -> int:
 def slurm(options: argparse.Namespace) -> int:
     """Write the batch file of a run, and submit it."""
     from slora_dist import slurm
-    from slora_dist.network import check_network
     from slora_dist.roundplan import check_world
 
     config = settings.load(options.config, options.overrides)
-    for check in (check_world, check_network):  # better now than when the job's turn has come
-        check(config, options.nodes * options.ranks_per_node)
+    check_world(config, options.nodes * options.ranks_per_node)  # better now than when the job's turn has come
     if options.launcher == "torchrun" and config.comm.backend == "mpi":
         raise ConfigError("comm.backend", "mpi with --launcher torchrun", "another backend; or --launcher srun")
     if config.clients.min_clients:

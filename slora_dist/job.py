@@ -21,7 +21,7 @@ from slora_dist.data.federation import Federation
 from slora_dist.ending import Where
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.ledger import Ledger
-from slora_dist.network import Network, check_network, routing
+from slora_dist.network import Network, routing
 from slora_dist.privacy import check_accounting
 from slora_dist.roundplan import check_world, home
 from slora_dist.rounds.healing import regroup
@@ -124,7 +124,6 @@ class Job:
         """Find out now all that could go wrong later: settings against model, data, world and folder."""
         rank, size = self.comm.rank, self.comm.size
         check_world(self.config, size)
-        check_network(self.config, size)
         check_accounting(self.config)
         federation = Federation(self.config, model.tokenizer(self.config.model))
         federation.open(_at_home(self.config, rank, size))

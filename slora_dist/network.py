@@ -10,7 +10,6 @@ from slora_dist.comm.base import BUCKET
 from slora_dist.comm.shaped import Shaped
 from slora_dist.config import Config, LinkConfig
 from slora_dist.data.permutation import permutation
-from slora_dist.errors import ConfigError
 from slora_dist.fixed import SCALE_BYTES
 from slora_dist.links import Collective, Direct, Link, Routing, play, receives
 from slora_dist.roundplan import RoundPlan
@@ -44,14 +43,6 @@ def agreements(config: Config, clients: int) -> dict[str, tuple[int, int]]:
     """Return what ``clients`` of a round exchange when all have trained and before an update leaves: {kind: bytes of one up, down}."""
     found = {"scale": (SCALE_BYTES, SCALE_BYTES)} if config.comm.sum == "exact" else {}
     return found | ({"key": (KEY_BYTES, KEY_BYTES * clients)} if config.comm.secure else {})
-
-
-def check_network(config: Config, size: int) -> None:
-    """Raise ``ConfigError`` where real messages cannot stand for those of the clients: with several clients on a rank they would queue."""
-    clients = config.clients.count if config.at_home else config.sampled  # those who stay on one rank may meet there in a round
-    if config.network.mode == "sleep" and size <= clients:
-        problem = f"sleep with {clients} clients on {max(1, size - 1)} worker rank(s)"
-        raise ConfigError("network.mode", problem, f"virtual, or {clients + 1} ranks: a server and one for each client")
 
 
 class Network:

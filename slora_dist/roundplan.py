@@ -81,13 +81,19 @@ def plan_round(config: Config, number: int, size: int, examples: Sequence[int] |
 
 
 def check_world(config: Config, size: int) -> None:
-    """Raise ``ConfigError`` when there are more worker ranks than clients in a round: some would never train."""
+    """Raise ``ConfigError`` when there are more worker ranks than clients in a round: some would never train.
+
+    So it does where real messages stand for those of the clients: several on one rank would queue.
+    """
     busy = config.clients.count if config.at_home else config.sampled
     setting = "clients.count" if config.at_home else "clients.per_round"
     if len(workers(size)) > busy:
         raise ConfigError(
             setting, f"{busy} clients cannot occupy {size - 1} worker ranks", f"1 to {busy + 1} ranks: a server and its workers"
         )
+    if config.network.mode == "sleep" and size <= busy:
+        problem = f"sleep with {busy} clients on {max(1, size - 1)} worker rank(s)"
+        raise ConfigError("network.mode", problem, f"virtual, or {busy + 1} ranks: a server and one for each client")
 
 
 def _spread(clients: Sequence[int], size: int, examples: Sequence[int]) -> dict[int, int]:

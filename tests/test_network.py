@@ -12,9 +12,8 @@ from torch._C._distributed_c10d import FileStore
 from slora_dist.comm.alone import Alone
 from slora_dist.comm.shaped import Shaped
 from slora_dist.comm.torch_comm import TorchComm
-from slora_dist.errors import ConfigError
 from slora_dist.links import Collective, Direct, Link, Routing, seconds
-from slora_dist.network import Network, check_network, links
+from slora_dist.network import Network, links
 from slora_dist.roundplan import RoundPlan
 from tests.ranks import run_ranks
 from tests.tiny import SHORT, run, same, tiny
@@ -55,13 +54,6 @@ def test_a_run_on_virtual_links_is_the_same_run(tmp_path: Path) -> None:
         line["network"] = None
     (emulated.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert same(plain, emulated)
-
-
-def test_sleeping_needs_a_rank_for_every_client() -> None:
-    config = tiny("network.mode=sleep", "clients.per_round=3")
-    check_network(config, 4)
-    with pytest.raises(ConfigError, match=r"network\.mode: sleep with 3 clients on 2 worker"):
-        check_network(config, 3)
 
 
 def test_a_world_of_one_is_not_delayed() -> None:

@@ -80,3 +80,10 @@ def test_more_workers_than_clients_are_refused() -> None:
     check_world(own_files, 6)
     with pytest.raises(ConfigError, match=r"^clients.count: 5 clients"):
         check_world(own_files, 7)
+
+
+def test_sleeping_needs_a_rank_for_every_client() -> None:
+    sleeping = tiny("network.mode=sleep", "clients.per_round=3")
+    check_world(sleeping, 4)
+    with pytest.raises(ConfigError, match=r"network\.mode: sleep with 3 clients on 2 worker"):
+        check_world(sleeping, 3)

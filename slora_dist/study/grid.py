@@ -14,7 +14,6 @@ from pydantic import Field, ValidationError
 from slora_dist import settings
 from slora_dist.config import Config
 from slora_dist.errors import ConfigError
-from slora_dist.network import check_network
 from slora_dist.roundplan import check_world
 from slora_dist.section import Positive, Real, Section, explain
 
@@ -150,7 +149,6 @@ def _cell(base: Path, file: StudyFile, axes: Mapping[str, Mapping[str, Overrides
     try:
         config = settings.load(base, overrides)
         check_world(config, file.ranks)
-        check_network(config, file.ranks)
         return Cell(labels, seed, overrides, config)
     except ConfigError as error:
         blamed = [entry for entry, layer in layers.items() if any(_about(error.setting, name) for name in layer)]
