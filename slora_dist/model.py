@@ -78,11 +78,13 @@ def tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     folder = resolve(name, "models")
     try:
         words = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as in _from_config; also what the libraries raise that read it, or are not there
         setting = "model.tokenizer" if config.tokenizer else "model.name"
-        raise ConfigError(setting, f"no tokenizer at {name!r} ({_first_line(error)})", "a folder or hub name with a tokenizer") from None
+        raise ConfigError(setting, f"no tokenizer at {name!r} ({_cause(error)})", "a folder or hub name with a tokenizer") from None
     if words.pad_token is None:  # GPT-like models have none; the attention mask hides whatever stands in for it
         words.pad_token = words.eos_token
+    if words.pad_token is None:
+        raise ConfigError("model.tokenizer", f"{name!r} has neither a pad nor an eos token", "a tokenizer with one of them")
     return words
 
 
@@ -268,7 +270,3 @@ def _cause(error: Exception) -> str:
     said = " ".join(str(error).split()).rstrip(".")
     said = said if len(said) <= SHOWN else f"{said[:SHOWN]}..."  # transformers may go on with all models that it knows
     return said if isinstance(error, OSError | ValueError) else f"{error.__class__.__name__}: {said}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from slora_dist import model
 from slora_dist.config import LowrankPhase, ModelConfig
@@ -207,6 +209,24 @@ def test_what_is_changed_of_a_model_and_does_not_fit_is_named(change: dict[str, 
     AutoConfig.for_model("bert", **SMALL).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"^model\.config: "):
         model.shell(ModelConfig(name=str(tmp_path), config=change), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        (None, "no tokenizer at "),
+        ("{}", "no tokenizer at "),
+        ('{"model": 7}', "no tokenizer at "),
+        ("words", "has neither a pad nor an eos token"),
+    ],
+)
+def test_a_folder_without_a_tokenizer_of_use_is_named(written: str | None, problem: str, tmp_path: Path) -> None:
+    if written == "words":
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "?": 1}, "?"))).save_pretrained(tmp_path)
+    elif written is not None:
+        (tmp_path / "tokenizer.json").write_text(written)
+    with pytest.raises(ConfigError, match=rf"^model.tokenizer: .*{problem}"):
+        model.tokenizer(ModelConfig(tokenizer=str(tmp_path), config={"model_type": "bert"}))
 
 
 def test_tokenizer_and_model_have_to_fit() -> None:
