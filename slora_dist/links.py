@@ -181,7 +181,7 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Milestones:
     """A client's round: when it had the message, had trained, and when its update had arrived, in seconds since the round began."""
 
     downloaded: float
@@ -191,7 +191,7 @@ class Exchange:
 
 def play(
     routing: Routing, links: Sequence[Link], nbytes: tuple[int, int], train: Sequence[float], agreed: Sequence[tuple[int, int]] = ()
-) -> list[Exchange]:
+) -> list[Milestones]:
     """Return every client's round. ``nbytes`` is the message down and up, ``train`` each client's seconds of training.
 
     ``agreed`` are the bytes (up, down) of what all clients exchange with rank 0 between training and upload, one after the other.
@@ -205,4 +205,4 @@ def play(
         root, *heard = routing.down(links, down)
         ready, asked = [told + one.through for one in heard], told + root.through
     uploaded = routing.up(links, ready, [nbytes[1]] * len(links), asked)
-    return [Exchange(one.through, *ends) for one, *ends in zip(passed, trained, uploaded, strict=True)]
+    return [Milestones(one.through, *ends) for one, *ends in zip(passed, trained, uploaded, strict=True)]
