@@ -69,13 +69,16 @@ def _with_answers(documents: Documents, answers: Sequence[Sequence[Span]], token
 
 
 def _marked(ids: list[int], places: list[Span], spans: Sequence[Span], end: int | None) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Return a document's tokens, and which of them begin inside a span; the token ``end`` that closes it is learned, too."""
+    """Return a document's tokens, and which of them have a character in a span; the token ``end`` that closes it is learned, too.
+
+    One may begin before the span: many vocabularies take a space to the word behind it, and the prompt may end in one.
+    """
     if end is not None and ids[-1:] != [end]:
         ids, places = [*ids, end], [*places, (0, 0)]
     begin_T, behind_T = np.asarray(places, dtype=np.int64).reshape(-1, 2).T
     answer_T = np.zeros(len(ids), dtype=np.bool_)
     for first, behind in spans:
-        answer_T |= (begin_T >= first) & (begin_T < behind) & (behind_T > begin_T)
+        answer_T |= (behind_T > first) & (begin_T < behind) & (behind_T > begin_T)
     answer_T[-1:] |= end is not None
     return np.asarray(ids, dtype=np.int32), answer_T
 

@@ -4,6 +4,8 @@ from typing import Any
 
 import pyarrow
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from slora_dist.config import DataConfig
 from slora_dist.data.instructions import Instructions
@@ -41,6 +43,17 @@ def config(**settings: Any) -> DataConfig:
     return DataConfig(path="here", **settings)
 
 
+def subwords(kind: str) -> Any:
+    """A tokenizer that takes a space to the word behind it, as Llama's (Metaspace) and GPT-2's (ByteLevel) do."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Metaspace() if kind == "metaspace" else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.Metaspace() if kind == "metaspace" else decoders.ByteLevel()
+    special = ["<end>"]
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    words.train_from_iterator([" ".join(WORDS)] * 50, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+
+
 PAIR = {"text": ["what does a cat say ?"], "answer": ["meow now"]}
 
 
@@ -57,6 +70,15 @@ def test_of_a_prompt_the_answer_and_its_end_are_learned(settings: dict[str, Any]
     words = tokenizer()
     found = Instructions(config(answer="answer", **settings), words).read(table(**columns))
     assert learned(found, words) == [(whole, "meow now [SEP]")]
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "bytes"])
+@pytest.mark.parametrize("template", ["user : {text} assistant : ", "{text}\n", "{text}"])
+def test_a_word_that_takes_the_prompts_last_space_to_itself_is_learned(kind: str, template: str) -> None:
+    words = subwords(kind)
+    found = Instructions(config(answer="answer", template=template), words).read(table(**PAIR))
+    ((whole, answer),) = learned(found, words)
+    assert whole.endswith("meow now<end>") and answer.strip() == "meow now<end>"
 
 
 def test_a_plain_text_is_learned_from_end_to_end() -> None:
