@@ -94,9 +94,13 @@ def export(adapter: Path, destination: Path, merge: bool) -> None:
 def _loaded(adapter: Path) -> nn.Module:
     try:
         return adapters.load(adapter)
-    except OSError as error:
-        cause = str(error).partition("\n")[0].rstrip(".")
-        raise ConfigError("--merge", f"the base of {adapter} cannot be loaded ({cause})", "a base that is there, or no --merge") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the libraries say of a base that is not there, or another one by now, and of damaged files
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        cause = said if isinstance(error, OSError) else f"{error.__class__.__name__}: {said}"
+        allowed = "an adapter as it was written, on a base that is there; or no --merge"
+        raise ConfigError("--merge", f"{adapter} cannot be loaded on its base ({cause})", allowed) from None
 
 
 def _make(destination: Path) -> None:

@@ -18,6 +18,7 @@ from slora_dist.comm.shaped import Shaped
 from slora_dist.comm.torch_comm import TorchComm
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
+from slora_dist.disk import writing
 from slora_dist.ending import Where
 from slora_dist.errors import ConfigError, RunError
 from slora_dist.ledger import Ledger
@@ -164,9 +165,10 @@ class Job:
             return
         summary = summarize(self.config, self.folder, session.seat.classifier, session.seat.switch, self.comm.size)
         summary |= {"lost": session.seat.all_lost, "clock_error_seconds": session.clock_error}
-        self.folder.write_summary(summary)
         self.folder.write_parquet()
-        export.write(result, self.folder.adapter)
+        with writing(self.folder.adapter):
+            export.write(result, self.folder.adapter)
+        self.folder.write_summary(summary)  # the last one: where it is, the run is finished
         show.finished(self.folder, summary)
 
 

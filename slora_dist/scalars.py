@@ -28,7 +28,10 @@ class Scalars:
     """Hands records, as training makes them or as a file has them, to a tracker."""
 
     def __init__(self, tracker: str, name: str, settings: Mapping[str, Any], folder: Path, earlier: Iterable[Record] = ()) -> None:
-        """Open ``tracker`` (a key of ``TRACKERS``); it has the ``earlier`` rounds already. Raises ``ConfigError`` when not installed."""
+        """Open ``tracker`` (a key of ``TRACKERS``); it has the ``earlier`` rounds already.
+
+        Raises ``ConfigError`` when it is not installed, or a ``folder`` that it needs cannot be made.
+        """
         self._sink = TRACKERS[tracker](name, settings, folder)
         self._total = sum(sum(record["payload_bytes"].values()) for record in earlier)
 
@@ -61,6 +64,13 @@ def send(records: Iterable[Record], tracker: str, name: str, settings: Mapping[s
     target.close()
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--out", f"{folder} cannot be made ({error.strerror})", "a folder that you may write to") from None
+
+
 def _library(name: str, module: str) -> Any:
     try:
         return import_module(module)
@@ -71,6 +81,7 @@ def _library(name: str, module: str) -> Any:
 def _tensorboard(name: str, settings: Mapping[str, Any], folder: Path) -> Sink:
     """Event files in ``folder``."""
     _library("tensorboard", "tensorboard")
+    _make(folder)
     writer = _library("tensorboard", "torch.utils.tensorboard").SummaryWriter(str(folder))
 
     def log(values: dict[str, float], number: int) -> None:
@@ -82,7 +93,7 @@ def _tensorboard(name: str, settings: Mapping[str, Any], folder: Path) -> Sink:
 
 def _wandb(name: str, settings: Mapping[str, Any], folder: Path) -> Sink:
     """A run of project slora_dist; WANDB_MODE=offline keeps it in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     run = _library("wandb", "wandb").init(project="slora_dist", name=name, config=dict(settings), dir=str(folder))
     return Sink(lambda values, number: run.log(values, step=number), run.finish)
 

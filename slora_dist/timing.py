@@ -84,10 +84,14 @@ def read_machine(path: Path) -> dict[str, Any]:
 
 
 def step_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that a step of local training depends on, dotted name -> value as JSON has it; phases by their names."""
-    clients = {f"clients.{name}": getattr(config.clients, name) for name in ("batch_size", "optimizer")}
+    """Return the settings that a client's training depends on, dotted name -> value as JSON has it; phases by their names.
+
+    Those that deal the documents are among them, but for the seed: it moves documents from client to client, and no total.
+    """
+    clients = {f"clients.{name}": getattr(config.clients, name) for name in ("batch_size", "optimizer", "holdout")}
     found = {f"model.{name}": value for name, value in config.model.model_dump().items()}
-    found |= {"data.max_length": config.data.max_length} | clients | {"run.threads": config.run.threads}
+    found |= {f"data.{name}": value for name, value in config.data.model_dump().items() if not name.startswith("test_")}
+    found |= clients | {"run.threads": config.run.threads}
     for name, phase in zip(methods.names(config.method), config.method.resolved(), strict=True):
         found |= {f"method.{name}.{key}": value for key, value in phase.model_dump().items() if key not in TIMELESS}
     plain: dict[str, Any] = json.loads(json.dumps(found))

@@ -1,6 +1,8 @@
 """What a run leaves is loaded by plain peft and transformers, and is the model that the run judged."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from slora_dist import adapters, methods, show
-from slora_dist.adapters import ABOUT
+from slora_dist.adapters import ABOUT, DELTA
 from slora_dist.cli import main
 from slora_dist.config import Config
 from slora_dist.data.federation import Federation
 from slora_dist.data.tokens import Encoded, batches
+from slora_dist.errors import RunError
 from slora_dist.evaluate import evaluate
 from slora_dist.model import load
 from slora_dist.runfolder import RunFolder
-from tests.tiny import SHORT, run
+from tests.tiny import SHORT, run, same
 
 METHODS: dict[str, tuple[str, ...]] = {
     "slora": (),
@@ -135,7 +138,32 @@ def test_a_base_that_is_gone_leaves_no_empty_folder(runs: dict[str, RunFolder], 
     shutil.rmtree(copy / "adapter" / "base")
     assert main(["export", str(copy), str(tmp_path / "merged"), "--merge"]) == 2
     said = capsys.readouterr().err
-    assert "error: --merge: the base of " in said and said.count("\n") == 1 and not (tmp_path / "merged").exists()
+    assert "cannot be loaded on its base (" in said and said.count("\n") == 1 and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", [ABOUT, DELTA])
+def test_a_damaged_adapter_is_not_merged(name: str, runs: dict[str, RunFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(runs["sft"].path, copy)
+    (copy / "adapter" / name).write_bytes((copy / "adapter" / name).read_bytes()[:30])
+    capsys.readouterr()
+    assert main(["export", str(copy), str(tmp_path / "merged"), "--merge"]) == 2
+    said = capsys.readouterr().err
+    assert "error: --merge: " in said and str(copy) in said and said.count("\n") == 1
+
+
+def test_a_run_is_finished_when_its_adapter_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk at the end costs the last writing, and no training."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slora_dist.export.write", full)
+        with pytest.raises(RunError, match=r"adapter cannot be written \(No space left on device\); --resume goes on"):
+            run(tmp_path / "run", *SHORT)
+    assert not (tmp_path / "run/summary.json").exists()
+    assert same(run(tmp_path / "run", resume=True), run(tmp_path / "straight", *SHORT))
 
 
 def test_a_run_is_loaded_by_its_folder_and_tells_its_base(runs: dict[str, RunFolder], capsys: pytest.CaptureFixture[str]) -> None:

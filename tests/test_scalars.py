@@ -39,6 +39,12 @@ def test_tensorboard_reads_what_was_written(tiny_run: RunFolder, tmp_path: Path)
     assert [value for _, value in read["seconds/total"]] == pytest.approx([record["seconds"]["total"] for record in records])
 
 
+def test_a_place_that_is_no_folder_is_said(tiny_run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["scalars", str(tiny_run.path), "--to", "tensorboard", "--out", str(tmp_path / "file")]) == 2
+    assert "error: --out: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_a_missing_package_is_named(tracker: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, tracker, None)

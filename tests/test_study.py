@@ -1,6 +1,7 @@
 """Studies: which cells a file means, how their runs are played, and tables that are re-derived by hand."""
 
 import csv
+import datetime
 import json
 import statistics
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_only_and_skip_choose_cells(tmp_path: Path) -> None:
         ({"base": "nowhere.yaml"}, "nowhere.yaml"),
         ({"seeds": []}, "seeds"),
         ({"seeds": ["a"]}, "seeds.0"),
+        ({"seeds": [1, 0, 1]}, "seeds"),
         ({"ranks": 0}, "ranks"),
         ({"targets": [50]}, "targets.0"),
         ({"methods": {"a b": {}}}, "axes.method"),
@@ -115,6 +117,24 @@ def test_a_run_with_other_settings_is_not_taken_for_the_cells(tmp_path: Path) ->
     with pytest.raises(ConfigError) as caught:
         play.play(study, tmp_path, study.cells, 1, print)
     assert caught.value.setting == "skewed/slora/seed-0: run.seed"
+
+
+def test_tables_take_no_run_with_other_settings_for_a_cells(tmp_path: Path) -> None:
+    path = write(tmp_path, seeds=[0])
+    study = grid.read(path)
+    run(tmp_path / study.cells[1].name, *(f"{name}={value}" for name, value in SMALL.items()), "run.seed=7")
+    assert main(["study", str(path), "--out", str(tmp_path), "--tables-only"]) == 2
+    assert not (tmp_path / "tables.md").exists()
+
+
+def test_a_value_reaches_the_run_as_the_study_has_it(tmp_path: Path) -> None:
+    odd = {"model.config.layer_norm_eps": 1e-12, "data.text": "two\nlines: 'and' \U0001f600", "data.labels": ["yes", "no", "1"]}
+    (cell, *_) = grid.read(write(tmp_path, set=odd)).cells
+    assert cell.config.model.config["layer_norm_eps"] == 1e-12
+    assert (cell.config.data.text, cell.config.data.labels) == (odd["data.text"], odd["data.labels"])
+    dated = write(tmp_path, set={"data.split": datetime.date(2024, 1, 1)})
+    with pytest.raises(ConfigError, match=r"^set: data\.split: "):
+        grid.read(dated)
 
 
 def test_ranks_are_started_by_torchrun(tmp_path: Path) -> None:

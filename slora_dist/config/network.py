@@ -13,7 +13,7 @@ class LinkConfig(Section):
     up_mbit: Positive | None = Field(None, description="Mbit/s from a client to the network, headers included. Empty: no limit.")
     down_mbit: Positive | None = Field(None, description="Mbit/s from the network to a client, headers included. Empty: no limit.")
     latency_ms: NonNegative = Field(0.0, description="Milliseconds of latency, one way.")
-    jitter_ms: NonNegative = Field(0.0, description="Standard deviation of the latency, drawn anew for every message.")
+    jitter_ms: NonNegative = Field(0.0, description="Standard deviation of the latency, drawn anew for every client and round.")
 
 
 class SharedLinkConfig(LinkConfig):

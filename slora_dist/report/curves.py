@@ -95,8 +95,9 @@ def common_budget(groups: Sequence[Group], axis: str) -> float | None:
 
 
 def within(run: Run, axis: str, budget: float) -> Point | None:
-    """Return the last evaluated point not beyond the budget; nothing is interpolated."""
-    return next((point for point in reversed(evaluated(run)) if getattr(point, axis) <= budget), None)
+    """Return the last evaluated point not beyond the budget, if the run has such a figure; nothing is interpolated."""
+    spent = ((point, getattr(point, axis)) for point in reversed(evaluated(run)))
+    return next((point for point, figure in spent if figure is not None and figure <= budget), None)
 
 
 def reaches(run: Run, target: float) -> Point | None:

@@ -1,7 +1,7 @@
 """Runs as the report reads them, and how they are told apart: seeds of the same settings form a group, named by what sets it apart."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,11 +133,11 @@ def load(path: Path) -> Run:
     folder = RunFolder(path)
     try:
         head = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        metrics, ledger, timeline, counters = (folder.lines(name) for name in RECORDS)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(str(path), f"cannot be read ({error.__class__.__name__})", "the folder of a run") from None
     if not (isinstance(head, dict) and {"settings", "world"} <= head.keys()):
         raise ConfigError(str(path), "has a config.json of something else", "the folder of a run")
+    metrics, ledger, timeline, counters = (folder.lines(name) for name in RECORDS)
     summary = folder.summary() if (path / "summary.json").exists() else None
     return Run(path, validate(head["settings"]), head["world"], metrics, ledger, timeline, counters, summary)
 
@@ -191,7 +191,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     tables = [table for table, _ in members]
     chosen = _telling(tables)
     places = [key for key in chosen if key.startswith(("data.", "model."))]
-    panels = [", ".join(_short(key, table, chosen) for key in places) for table in tables]
+    panels = [", ".join(_short(key, table, tables, chosen) for key in places) for table in tables]
     if len(set(panels)) == len(panels):
         panels, places = [""] * len(tables), []
     names = [_name(table, [key for key in chosen if key not in places], tables) for table in tables]
@@ -233,22 +233,29 @@ def _name(table: Mapping[str, str], chosen: Sequence[str], tables: Sequence[Mapp
     """Name a group by its method and the facts that other groups of the method (or of all) have otherwise."""
     same = [other for other in tables if other["method"] == table["method"]]
     shown = [key for key in chosen[1:] if _varies(key, same if key.startswith("method.") else tables) and key in table]
-    return ", ".join([table["method"], *(_short(key, table, chosen) for key in shown)])
+    return ", ".join([table["method"], *(_short(key, table, tables, chosen) for key in shown)])
 
 
 def _varies(key: str, tables: Sequence[Mapping[str, str]]) -> bool:
     return len({table.get(key) for table in tables}) > 1
 
 
-def _short(key: str, table: Mapping[str, str], chosen: Sequence[str]) -> str:
+def _short(key: str, table: Mapping[str, str], tables: Sequence[Mapping[str, str]], chosen: Sequence[str]) -> str:
     """Return ``density 0.1``, or the value where it speaks for itself; with its section where the last word alone is ambiguous."""
     if key in ("data.path", "model.name"):
-        return Path(table[key]).name
+        return _end(Path(table[key]), {Path(other[key]) for other in tables if key in other})
     if key == "data.partition" or key.endswith(".mask"):
         return table[key]
     twin = sum(other.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1] for other in chosen) > 1
     words = key.removeprefix("method.") if twin else key.rsplit(".", 1)[-1]
     return f"{words} {table.get(key, 'none')}"
+
+
+def _end(path: Path, every: Collection[Path]) -> str:
+    """Return the shortest end of ``path`` that no other one of ``every`` has."""
+    ends = (path.parts[-count:] for count in range(1, len(path.parts)))
+    alone = (end for end in ends if sum(other.parts[-len(end) :] == end for other in every) == 1)
+    return str(Path(*next(alone, path.parts)))
 
 
 def differences(groups: Sequence[Group]) -> dict[str, dict[str, str]]:

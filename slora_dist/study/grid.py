@@ -1,7 +1,7 @@
 """A study file and the cells of its grid: every combination of labels and seeds, and the settings that each one trains with."""
 
 import itertools
-import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import Field, ValidationError
 
 from slora_dist import settings
@@ -68,6 +69,8 @@ class Study:
 def read(path: str | Path) -> Study:
     """Read a study file and the settings of all its cells. Raises ``ConfigError`` naming the entry that does not fit."""
     file = _parse(Path(path))
+    if repeated := [seed for at, seed in enumerate(file.seeds) if seed in file.seeds[:at]]:
+        raise ConfigError("seeds", f"{repeated[0]} stands there twice", "each seed once")
     base = Path(os.path.normpath(Path(path).parent / file.base))
     axes = _axes(file)
     for name, choices in (("only", file.only), ("skip", file.skip)):
@@ -145,7 +148,7 @@ def _wanted(file: StudyFile, labels: Mapping[str, str]) -> bool:
 def _cell(base: Path, file: StudyFile, axes: Mapping[str, Mapping[str, Overrides]], labels: dict[str, str], seed: int) -> Cell:
     """Lay the overrides of all axes over the base: `set` first, then axis by axis, the seed last."""
     layers = {"set": file.set} | {f"{axis}.{label}": axes[axis][label] for axis, label in labels.items()} | {"seeds": {"run.seed": seed}}
-    overrides = tuple(f"{name}={json.dumps(value)}" for layer in layers.values() for name, value in layer.items())
+    overrides = tuple(f"{name}={_text(value)}" for layer in layers.values() for name, value in layer.items())
     try:
         config = settings.load(base, overrides)
         check_world(config, file.ranks)
@@ -153,6 +156,11 @@ def _cell(base: Path, file: StudyFile, axes: Mapping[str, Mapping[str, Overrides
     except ConfigError as error:
         blamed = [entry for entry, layer in layers.items() if any(_about(error.setting, name) for name in layer)]
         raise ConfigError(": ".join([*blamed[-1:], error.setting]), error.problem, error.allowed) from None
+
+
+def _text(value: Any) -> str:
+    """Return a value of the study file as the command line has it: YAML again, which is what it is read as."""
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).removesuffix("...\n").rstrip("\n")
 
 
 def _about(setting: str, name: str) -> bool:

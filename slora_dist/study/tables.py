@@ -26,6 +26,7 @@ from slora_dist.plan import plan
 from slora_dist.report import curves
 from slora_dist.report.read import Run, load
 from slora_dist.study.grid import METHOD, Cell, Study
+from slora_dist.study.play import state
 
 BEST = (3, 5)  # the paper reports the mean of the best 3 of 5 seeds
 NOTE = """Figures are means over seeds, +- one standard deviation of a sample.
@@ -93,10 +94,13 @@ class Row:
 
 
 def rows(study: Study, out: Path) -> list[Row]:
-    """Return a row for every combination of labels that has a finished run, in the grid's order. Raises ``ConfigError`` without any."""
+    """Return a row for every combination of labels that has a finished run, in the grid's order.
+
+    Raises ``ConfigError`` without any, and when a folder holds a run with other settings.
+    """
     cells: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
     for cell in study.cells:
-        if (out / cell.name / "summary.json").exists():
+        if state(cell, out) == "finished":
             cells[tuple(cell.labels.values())].append(cell)
     if not cells:
         raise ConfigError(str(out), "no run of the study is finished", "the folder of a study; a run's log.txt says why it failed")
@@ -224,10 +228,10 @@ def _cost(study: Study, method: str, line: Mapping[str, Any], best: bool, causal
 
 
 def _targets(study: Study, alike: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    names = {f"rounds_to_{target:g}": f"rounds to {target:.0%}" for target in study.targets}
+    names = {f"rounds_to_{target:g}": f"rounds to {100 * target:g} %" for target in study.targets}
     for target in study.targets:
-        names |= {f"gbit_to_{target:g}": f"Gbit to {target:.0%}"}
-        names |= {f"minutes_{rate:g}_mbit_to_{target:g}": f"min at {rate:g} to {target:.0%}" for rate in study.mbit}
+        names |= {f"gbit_to_{target:g}": f"Gbit to {100 * target:g} %"}
+        names |= {f"minutes_{rate:g}_mbit_to_{target:g}": f"min at {rate:g} to {100 * target:g} %" for rate in study.mbit}
     return _table(["method", *names.values()], [[method, *(_number(line[name]) for name in names)] for method, line in alike])
 
 

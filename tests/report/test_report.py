@@ -116,6 +116,9 @@ def test_equal_budgets_take_the_last_measurement_within(tmp_path: Path) -> None:
     assert table.rows[0][1:] == ["70.0 %, round 4", "-", "70.0 %, round 4", "70.0 %, round 4"], "20 kB a round are beyond 6 kB"
     assert table.rows[1][1:3] == ["60.0 %, round 4", "60.0 %, round 4"]
     assert table.rows[1][3] == "30.0 %, round 3", "its switch took 0.75 s, so that round 4 ends beyond 36 s"
+    shaped = load(make(tmp_path / "unfinished", RISING[:2], finished=False, network=False))
+    three = tables.equal([*group([load(rich), load(poor)]), *group([shaped])], "All")
+    assert three.rows[2][-1] == "-" and three.rows[0][1:] == table.rows[0][1:], "a run without links has spent nothing on them"
     between = curves.within(load(rich), "round", 3)
     assert between and between.accuracy == 0.3, "nothing is interpolated"
 
@@ -195,6 +198,12 @@ def test_seeds_are_one_group_and_names_tell_the_rest_apart(tmp_path: Path) -> No
     assert len({(each.colour, each.dash) for each in groups}) == 3
     means = curves.curve(groups[0])
     assert [mean.value("round") for mean in means] == [1, 2, 3, 4] and means[0].span("accuracy") == (0.2, 0.2)
+
+
+def test_places_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    wanted = [("data.path=/d/20news/train.parquet",), ("data.path=/d/r8/train.parquet",)]
+    groups = group([load(make(tmp_path / str(at), RISING, *overrides)) for at, overrides in enumerate(wanted)])
+    assert [each.name for each in groups] == ["slora, 20news/train.parquet", "slora, r8/train.parquet"]
 
 
 def test_splits_get_panels_where_methods_meet_in_them(tmp_path: Path) -> None:
@@ -333,7 +342,7 @@ def test_of_several_folders_those_without_a_run_are_left_out(tmp_path: Path, cap
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", RISING)
     (folder / "metrics.jsonl").write_text("{oops}\n")
-    with pytest.raises(ConfigError, match="run"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
         load(folder)
     (folder / "metrics.jsonl").unlink()
     (folder / "config.json").write_text(json.dumps({"settings": tiny().model_dump()}))
