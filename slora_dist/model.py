@@ -3,7 +3,7 @@
 Legend: O/I out/in features of a matrix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,29 @@ def load(config: ModelConfig, names: Sequence[str], seed: int) -> TaskModel:
     with torch.random.fork_rng():
         torch.manual_seed(derive(seed, "model"))
         if config.name is None:
-            net, missing = _from_config(settings, config), None
+            net, missing, other = _from_config(settings, config), None, {}
         else:
             net, info = _read(config, settings)
+            other = {key: (tuple(there), tuple(here)) for key, there, here in info["mismatched_keys"]}
             missing = set(info["missing_keys"])
     head = _head(net, config)
+    _check_fit(config, head, other)
     # whoever loads the base by its name gets it as it is: a network that other settings have changed is saved
-    complete = missing is not None and not config.config and all(key.startswith(tuple(f"{module}." for module in head)) for key in missing)
+    complete = (
+        missing is not None
+        and not config.config
+        and not other
+        and all(key.startswith(tuple(f"{module}." for module in head)) for key in missing)
+    )
     return TaskModel(net, head, _place(config.name) if complete and config.name else None, config.task)
+
+
+def _check_fit(config: ModelConfig, head: Sequence[str], other: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    """Raise ``ConfigError`` when weights besides the head's, which is new where it tells other classes apart, have ``other`` shapes."""
+    for name, (there, here) in other.items():
+        if not _within(name, head):
+            setting = "model.config" if config.config else "model.name"
+            raise ConfigError(setting, f"{name} is {there} in {config.name!r}, and {here} here", "settings that fit the weights")
 
 
 def _place(name: str) -> str:
@@ -90,13 +105,16 @@ def tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
 
 def fit(classifier: TaskModel, words: PreTrainedTokenizerBase, max_length: int) -> None:
     """Make the model know the padding of its tokenizer. Raises ``ConfigError`` when vocabulary or length are above the model's."""
-    settings: Any = classifier.net.config
+    whole: Any = classifier.net.config
+    settings = whole.get_text_config()
     unused = _unused_positions(classifier.net)
     if not unused:  # else the network is built by its own, and would be another one when it is built again
-        settings.pad_token_id = words.pad_token_id
-    if len(words) > settings.vocab_size:
+        whole.pad_token_id = settings.pad_token_id = words.pad_token_id
+    strange = (at for at in range(settings.vocab_size, len(words)) if at not in words.added_tokens_decoder)
+    if next(strange, None) is not None or words.vocab_size > settings.vocab_size:  # added ones may be of a larger model of the family
         raise ConfigError("model.tokenizer", f"{len(words)} tokens for a model of {settings.vocab_size}", "the model's own tokenizer")
-    longest = min(getattr(settings, "max_position_embeddings", max_length + unused) - unused, words.model_max_length)
+    positions = getattr(settings, "max_position_embeddings", None) or 0
+    longest = min(positions - unused if positions > 0 else max_length, words.model_max_length)  # XLNet says -1: without end
     if max_length > longest:
         raise ConfigError("data.max_length", f"{max_length} tokens for a model of {longest}", f"2 to {longest}")
 
@@ -187,6 +205,7 @@ def _settings(config: ModelConfig, names: Sequence[str]) -> Any:
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: at for at, name in enumerate(names)},
+        "problem_type": "single_label_classification",  # whatever the checkpoint was for
     }
     if config.task == "causal_lm":
         labels = {}
@@ -219,6 +238,7 @@ def _read(config: ModelConfig, settings: Any) -> Any:
             attn_implementation=config.attention,
             output_loading_info=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # looked at afterwards
         )
     except Exception as error:  # as in _from_config
         allowed = "a folder or hub name with safetensors weights, and settings that fit them"

@@ -1,5 +1,6 @@
 """Classifiers of five families, built tiny with random weights. Legend: O/I out/in features."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,36 @@ def test_a_folder_without_a_tokenizer_of_use_is_named(written: str | None, probl
         (tmp_path / "tokenizer.json").write_text(written)
     with pytest.raises(ConfigError, match=rf"^model.tokenizer: .*{problem}"):
         model.tokenizer(ModelConfig(tokenizer=str(tmp_path), config={"model_type": "bert"}))
+
+
+def test_a_checkpoint_for_other_classes_gets_a_new_head(tmp_path: Path) -> None:
+    """Whatever it was for: its own classes, several labels at once, a number."""
+    build("bert").net.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"problem_type": "multi_label_classification"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = ModelConfig(name=str(tmp_path))
+    classes = [f"class {at}" for at in range(len(NAMES) + 3)]
+    one, two, kept = (model.load(config, names, seed) for names, seed in ((classes, 1), (classes, 1), (NAMES, 1)))
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.int64), "labels": torch.tensor([0, len(classes) - 1])}
+    assert one.net(**batch).loss.item() == two.net(**batch).loss.item() > 0
+    assert one.source is None and kept.source == str(tmp_path), "a base that plain transformers cannot load is saved"
+    for name, weight in one.net.named_parameters():
+        assert name.startswith("classifier") or torch.equal(weight, kept.net.get_parameter(name))
+    with pytest.raises(ConfigError, match=r"^model\.config: bert\.embeddings\.word_embeddings\.weight is \(50, 16\) in "):
+        model.load(ModelConfig(name=str(tmp_path), config={"vocab_size": 60}), NAMES, 1)
+
+
+def test_tokens_that_were_added_may_lie_beyond_the_model() -> None:
+    classifier, words = build("bert"), word_tokenizer([" ".join(f"w{at}" for at in range(30))])
+    words.add_special_tokens({"additional_special_tokens": [f"<{at}>" for at in range(50)]})
+    assert len(words) > classifier.net.config.vocab_size  # type: ignore[union-attr,operator]
+    model.fit(classifier, words, 16)
+
+
+def test_positions_without_end() -> None:
+    classifier = build("bert")
+    classifier.net.config.max_position_embeddings = -1  # type: ignore[union-attr]
+    model.fit(classifier, word_tokenizer(["a b c"]), 10_000)
 
 
 def test_tokenizer_and_model_have_to_fit() -> None:

@@ -76,7 +76,9 @@ class Instructions:
             raise ConfigError("data.text", f"{table.name} holds chats, and the tokenizer has no chat template", "another `model.tokenizer`")
         try:
             written = [self._render(chat, row, table) for row, chat in enumerate(chats, start=1)]
-        except TemplateError as error:
+        except ConfigError:
+            raise
+        except (TemplateError, TypeError, ValueError) as error:
             raise ConfigError("data.text", f"the chat template refuses {table.name} ({error})", "chats that fit the model's") from None
         return Written([text for text, _ in written], [spans for _, spans in written], True)
 
@@ -102,7 +104,8 @@ def _chat(value: object, row: int, table: Table) -> Chat:
     sound = all(isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content")) for turn in turns)
     if not (turns and sound and turns[0]["role"] != "assistant" and any(turn["role"] == "assistant" for turn in turns)):
         raise ConfigError("data.text", f"row {row} of {table.name} is no chat", CHAT)
-    return turns
+    # columns of structs have all keys in all turns, and templates ask whether a key is there
+    return [{key: part for key, part in turn.items() if part is not None} for turn in turns]
 
 
 def _filled_in(template: str, table: Table) -> list[str]:

@@ -3,9 +3,11 @@
 The columns are checked as a whole before a limit is drawn, so that what a run accepts does not depend on its seed.
 """
 
+import csv
+import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from slora_dist.seeding import derive
 
 # pandas would read the words "NA" and "null" as missing, and a class may well be called that: only empty cells are missing
 CSV = {"keep_default_na": False, "na_values": [""]}
+# one number among texts would make all of them JSON in quotes: such a file is refused, as readers without these options do
+JSON = {"on_mixed_types": None, "parse_agent_traces": False}
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", CSV),
     ".tsv": ("csv", {**CSV, "sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
+    ".json": ("json", JSON),
+    ".jsonl": ("json", JSON),
     ".parquet": ("parquet", {}),
 }
 FORMATS = f"a {', '.join(READERS)} file, a `datasets` folder, a folder with train and test files, a hub name, or one of {', '.join(MADE)}"
@@ -132,7 +136,8 @@ def _rows(found: Any) -> Rows:
     if isinstance(found, Rows):
         return found
     classes = {column: list(kind.names) for column, kind in found.features.items() if hasattr(kind, "names")}
-    return Rows(found.with_format("arrow")[:], classes)
+    coded = frozenset(column for column, kind in found.features.items() if type(getattr(kind, "feature", kind)).__name__ == "Json")
+    return Rows(found.with_format("arrow")[:], classes, coded)
 
 
 def _open(path: str, setting: str) -> Any:
@@ -175,6 +180,12 @@ def _read(file: Path, setting: str) -> Any:
         return rows
     builder, options = READERS[file.suffix]
     datasets = _library()
+    if builder == "json":
+        from datasets.packaged_modules.json.json import JsonConfig
+
+        options = {name: value for name, value in options.items() if name in {field.name for field in fields(JsonConfig)}}
+    if file.suffix == ".tsv" and not _quoted(file):
+        options = options | {"quoting": csv.QUOTE_NONE}
     try:
         with tempfile.TemporaryDirectory() as cache:  # ranks share no cache, so they need no locks, and none goes stale
             return datasets.load_dataset(builder, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True, **options)
@@ -182,6 +193,16 @@ def _read(file: Path, setting: str) -> Any:
         raise ConfigError(setting, f"{file} holds no documents", "at least one") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(file, setting, error) from None
+
+
+def _quoted(file: Path) -> bool:
+    """Whether the quotes of a file hold fields together, as those of csv files do; in most tsv files they are part of the text."""
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            return len({len(row) for row in csv.reader(lines, delimiter="\t", strict=True) if row}) <= 1
+    except (OSError, ValueError, csv.Error):
+        return False
 
 
 def _parquet(file: Path, setting: str) -> Rows | None:
@@ -265,8 +286,10 @@ def _found_names(table: Table, config: DataConfig) -> list[str]:
 
 
 def _labels(table: Table, config: DataConfig, names: Sequence[str]) -> list[int]:
-    index = {name: at for at, name in enumerate(names)}
-    return [_index(label, index, table) for label in _raw_labels(table, config)]
+    index, labels = {name: at for at, name in enumerate(names)}, _raw_labels(table, config)
+    if list(names) != [str(at) for at in range(len(names))] and all(name.removeprefix("-").isdecimal() for name in names):
+        labels = [str(label) if type(label) is int else label for label in labels]  # a csv file has no other way to write these names
+    return [_index(label, index, table) for label in labels]
 
 
 def _index(label: object, index: dict[str, int], table: Table) -> int:

@@ -1,5 +1,6 @@
 """The rows of a source, and its columns as they are asked for: what is missing or empty is named by table, row and setting."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,14 @@ from slora_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Rows:
-    """A ``pyarrow.Table``, with the names of the classes whose integers a column holds, if it tells them."""
+    """A ``pyarrow.Table``, with the names of the classes whose integers a column holds, if it tells them.
+
+    ``coded`` columns hold values, or lists of them, that are written as JSON.
+    """
 
     columns: Any
     classes: Mapping[str, list[str]] = field(default_factory=dict)
+    coded: frozenset[str] = frozenset()
 
 
 def made(columns: Mapping[str, list[str]]) -> Rows:
@@ -53,7 +58,13 @@ def values(table: Table, setting: str, column: str) -> list[Any]:
     if column not in table.rows.columns.column_names:
         raise ConfigError(setting, f"no column {column!r} in {table.name}", f"one of {', '.join(table.rows.columns.column_names)}")
     found: list[Any] = table.rows.columns[column].to_pylist()
-    return found
+    return [_decoded(value) for value in found] if column in table.rows.coded else found
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(one) for one in value]
+    return None if value is None else json.loads(value)
 
 
 def filled(table: Table, setting: str, column: str) -> list[Any]:

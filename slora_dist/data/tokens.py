@@ -61,7 +61,10 @@ def _with_answers(documents: Documents, answers: Sequence[Sequence[Span]], token
     for start in range(0, len(documents), CHUNK):
         found = tokenizer(documents.texts[start : start + CHUNK], return_token_type_ids=False, **options)
         spans = answers[start : start + CHUNK]
-        rows += [_cut(*_marked(*row, end), max_length) for row in zip(found["input_ids"], found["offset_mapping"], spans, strict=True)]
+        rows += [
+            _cut(*_marked(*row, end), max_length, tokenizer.bos_token_id)
+            for row in zip(found["input_ids"], found["offset_mapping"], spans, strict=True)
+        ]
     for at, (_, answer_T) in enumerate(rows):
         if not answer_T[1:].any():
             raise RunError(f"no token of the document {documents.texts[at][:60]!r} can be learned: longer texts, or another tokenizer?")
@@ -83,10 +86,15 @@ def _marked(ids: list[int], places: list[Span], spans: Sequence[Span], end: int 
     return np.asarray(ids, dtype=np.int32), answer_T
 
 
-def _cut(ids_T: NDArray[np.int32], answer_T: NDArray[np.bool_], length: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Leave out the end, and as much of the beginning as the first answer needs to have half of the length."""
+def _cut(
+    ids_T: NDArray[np.int32], answer_T: NDArray[np.bool_], length: int, opening: int | None
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Leave out the end, and as much of the beginning as the first answer needs to have half of the length; but no token ``opening``."""
     start = max(0, min(len(ids_T) - length, int(answer_T.argmax()) - length // 2))
-    return ids_T[start : start + length], answer_T[start : start + length]
+    kept = np.arange(start, min(start + length, len(ids_T)))
+    if start and ids_T[0] == opening:
+        kept[0] = 0
+    return ids_T[kept], answer_T[kept]
 
 
 def batches(encoded: Encoded, batch_size: int, pad: int, order_N: Tensor | None = None) -> Iterator[dict[str, Tensor]]:

@@ -72,6 +72,17 @@ def test_of_a_prompt_the_answer_and_its_end_are_learned(settings: dict[str, Any]
     assert learned(found, words) == [(whole, "meow now [SEP]")]
 
 
+def test_keys_that_a_turn_has_not_do_not_reach_the_template() -> None:
+    """A column of structs has all keys in all turns."""
+    words = tokenizer(TEMPLATE.replace("{{ turn.role }}", "{{ turn.tool_calls | length if 'tool_calls' in turn else turn.role }}"))
+    turns = [{"role": "user", "content": "what ?", "tool_calls": None}, {"role": "assistant", "content": "meow", "tool_calls": None}]
+    found = Instructions(config(), words).read(table(text=[turns]))
+    assert found.texts == ["user : what ? ;\nassistant : meow ;\n"]
+    odd = [turns[0] | {"tool_calls": 7}, turns[1]]
+    with pytest.raises(ConfigError, match=r"^data\.text: the chat template refuses here"):
+        Instructions(config(), words).read(table(text=[odd]))
+
+
 @pytest.mark.parametrize("kind", ["metaspace", "bytes"])
 @pytest.mark.parametrize("template", ["user : {text} assistant : ", "{text}\n", "{text}"])
 def test_a_word_that_takes_the_prompts_last_space_to_itself_is_learned(kind: str, template: str) -> None:
@@ -106,13 +117,13 @@ def test_a_chat_template_writes_prompts_and_answers_unless_another_is_given() ->
     ("length", "whole", "answer"),
     [
         (10, "[CLS] what does a cat say ? meow now [SEP]", "meow now [SEP]"),
-        (9, "what does a cat say ? meow now [SEP]", "meow now [SEP]"),
-        (6, "cat say ? meow now [SEP]", "meow now [SEP]"),
-        (4, "say ? meow now", "meow now"),
-        (2, "? meow", "meow"),
+        (9, "[CLS] does a cat say ? meow now [SEP]", "meow now [SEP]"),
+        (6, "[CLS] say ? meow now [SEP]", "meow now [SEP]"),
+        (4, "[CLS] ? meow now", "meow now"),
+        (2, "[CLS] meow", "meow"),
     ],
 )
-def test_a_long_document_keeps_its_answer(length: int, whole: str, answer: str) -> None:
+def test_a_long_document_keeps_what_opens_it_and_its_answer(length: int, whole: str, answer: str) -> None:
     words = tokenizer()
     assert learned(Instructions(config(answer="answer"), words).read(table(**PAIR)), words, length) == [(whole, answer)]
 

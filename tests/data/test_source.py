@@ -6,7 +6,8 @@ import datasets
 import pytest
 
 from slora_dist.config import DataConfig
-from slora_dist.data.source import Documents, class_names, load_client, load_test, load_train
+from slora_dist.data.source import Documents, _train, class_names, load_client, load_test, load_train
+from slora_dist.data.table import values
 from slora_dist.errors import ConfigError
 
 ROWS: dict[str, list[Any]] = {"text": ["a ball", "a wall", "a hall"], "label": ["sport", "art", "sport"]}
@@ -45,6 +46,47 @@ def test_other_column_names_and_clients(tmp_path: Path) -> None:
 def test_words_that_look_missing_are_text(tmp_path: Path) -> None:
     documents, names = train(write(tmp_path / "d.csv", {"text": ["null", "None"], "label": ["NA", "nan"]}))
     assert documents == Documents(["null", "None"], [0, 1]) and names == ["NA", "nan"]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_number_among_texts_is_refused(tmp_path: Path, suffix: str) -> None:
+    """Readers of json may turn all texts of the column into quoted ones then."""
+    with pytest.raises(ConfigError, match=r"^data\.(path|text): "):
+        train(write(tmp_path / f"d.{suffix}", {"text": ["a ball", 2012, "a hall"], "label": ["sport", "art", "sport"]}))
+
+
+def test_columns_that_datasets_writes_as_json_are_read(tmp_path: Path) -> None:
+    if not hasattr(datasets, "Json"):
+        pytest.skip("this version has no such columns")
+    features = datasets.Features({"text": datasets.List(datasets.Json()), "label": datasets.Json()})
+    turns = [[{"role": "user", "content": "a", "weight": 0}, {"role": "assistant", "content": "b"}]]
+    datasets.Dataset.from_dict({"text": turns, "label": ["art"]}, features).save_to_disk(tmp_path / "saved")
+    table = _train(str(tmp_path / "saved"), DataConfig(path="saved"))
+    assert values(table, "data.text", "text") == turns and values(table, "data.label", "label") == ["art"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "texts"),
+    [
+        (['"a ball\tsport', "a wall\tart", 'a "hall"\tsport'], ['"a ball', "a wall", 'a "hall"']),
+        (['"a ball"\tsport', '"a ""wall"""\tart', "a hall\tsport"], ["a ball", 'a "wall"', "a hall"]),
+        (['"a\nball"\tsport', "a wall\tart", "a hall\tsport"], ["a\nball", "a wall", "a hall"]),
+    ],
+    ids=["unquoted", "quoted", "line ends"],
+)
+def test_quotes_of_tsv_files(lines: list[str], texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "d.tsv").write_text("\n".join(["text\tlabel", *lines, ""]))
+    documents, names = train(str(tmp_path / "d.tsv"))
+    assert documents == Documents(texts, [1, 0, 1]) and names == ["art", "sport"]
+
+
+def test_names_that_are_numbers_are_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.csv", {"text": ["x", "y", "z"], "label": [1, 5, 3]})
+    assert train(path, labels=["1", "2", "3", "4", "5"])[0].labels == [0, 4, 2]
+    assert train(path, labels=["5", "3", "1"])[0].labels == [2, 0, 1]
+    assert train(path, labels=6)[0].labels == train(path)[0].labels == [1, 5, 3]
+    with pytest.raises(ConfigError, match=r"label '5' .* is no known class. Allowed: one of 1, 2, 3"):
+        train(path, labels=["1", "2", "3"])
 
 
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
