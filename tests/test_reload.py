@@ -13,10 +13,8 @@ from slora_dist.config import ModelConfig
 from slora_dist.data.tokens import word_tokenizer
 from slora_dist.export import export
 from slora_dist.model import TaskModel
-from slora_dist.runfolder import RunFolder
 from tests.families import FAMILIES, NAMES, build, documents
 from tests.test_contract import Entered, leave, logits, plain
-from tests.tiny import SHORT, run
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -105,15 +103,3 @@ def test_a_relative_folder_is_found_from_elsewhere(tokenizer: Any, tmp_path: Pat
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     torch.testing.assert_close(logits(adapters.load(tmp_path / "adapter")), judged, **CLOSE)
-
-
-def test_the_summary_does_not_wait_for_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should an adapter not be written, the run has ended all the same."""
-
-    def fail(*_: object) -> None:
-        raise OSError("no")
-
-    monkeypatch.setattr("slora_dist.export.write", fail)
-    with pytest.raises(OSError, match="no"):
-        run(tmp_path / "run", *SHORT)
-    assert RunFolder(tmp_path / "run").summary()["accuracy"] > 0
