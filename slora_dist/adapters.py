@@ -64,7 +64,8 @@ def base(folder: Path) -> Any:
     source = folder / "base" if (folder / "base").exists() else about["base"]
     classes = {"id2label": labels, "label2id": {name: at for at, name in labels.items()}} if about["task"] == "classification" else {}
     net = KINDS[about["task"]].from_pretrained(source, use_safetensors=True, dtype=torch.float32, **classes)
-    net.config.pad_token_id = about.get("pad", net.config.pad_token_id)  # afterwards: what is built by it is the checkpoint's
+    # afterwards: what is built by it is the checkpoint's
+    net.config.pad_token_id = net.config.get_text_config().pad_token_id = about.get("pad", net.config.pad_token_id)
     return net
 
 

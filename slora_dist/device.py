@@ -15,6 +15,7 @@ def choose(setting: str, world: World) -> torch.device:
     if count == 0:
         raise ConfigError("run.device", "cuda, but this machine shows no CUDA device", "auto, cpu")
     if world.local_size > count and world.local_rank == 0:
-        say(world.rank, f"{world.local_size} ranks share {count} GPU(s) on this machine")
+        own = "; if each sees another one, comm.backend=nccl" if count == 1 else ""
+        say(world.rank, f"{world.local_size} ranks share {count} GPU(s) on this machine{own}")
     torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.device("cuda", world.local_rank % count)

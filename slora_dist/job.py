@@ -87,7 +87,8 @@ class Job:
         return len(self.comm.members) == self.comm.size
 
     def _play(self, session: Session, done: int, stop_after: int | None) -> None:
-        with show.Progress(session.rounds, done) if session.is_root else nullcontext() as progress:
+        judged = done - bool(self.checkpoint and self.checkpoint.values["unjudged"])  # that round's record is still to come
+        with show.Progress(session.rounds, judged) if session.is_root else nullcontext() as progress:
             for record in session.play(self.checkpoint, stop_after):
                 if progress:
                     progress.advance(record)
@@ -127,9 +128,10 @@ class Job:
         check_world(self.config, size)
         check_accounting(self.config)
         federation = Federation(self.config, model.tokenizer(self.config.model))
-        federation.open(_at_home(self.config, rank, size))
         classifier = model.load(self.config.model, federation.names, self.config.run.seed)
         model.fit(classifier, federation.tokenizer, self.config.data.max_length)
+        federation.vocabulary = model.vocabulary(classifier)
+        federation.open(_at_home(self.config, rank, size))
         method, seed = self.config.method, self.config.run.seed
         supports = [methods.support(phase, classifier, method, seed) for phase in method.resolved()]
         network = Network(self.config, self.shaped)
@@ -165,6 +167,7 @@ class Job:
             return
         summary = summarize(self.config, self.folder, session.seat.classifier, session.seat.switch, self.comm.size)
         summary |= {"lost": session.seat.all_lost, "clock_error_seconds": session.clock_error}
+        self.folder.reopen()
         self.folder.write_parquet()
         with writing(self.folder.adapter):
             export.write(result, self.folder.adapter)

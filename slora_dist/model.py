@@ -110,13 +110,19 @@ def fit(classifier: TaskModel, words: PreTrainedTokenizerBase, max_length: int) 
     unused = _unused_positions(classifier.net)
     if not unused:  # else the network is built by its own, and would be another one when it is built again
         whole.pad_token_id = settings.pad_token_id = words.pad_token_id
-    strange = (at for at in range(settings.vocab_size, len(words)) if at not in words.added_tokens_decoder)
-    if next(strange, None) is not None or words.vocab_size > settings.vocab_size:  # added ones may be of a larger model of the family
+    # added ones may be of a larger model of the family: documents have none of them (``Federation.vocabulary``)
+    strange = any(at not in words.added_tokens_decoder for at in range(settings.vocab_size, len(words)))
+    if strange or words.vocab_size > settings.vocab_size or words.pad_token_id >= settings.vocab_size:
         raise ConfigError("model.tokenizer", f"{len(words)} tokens for a model of {settings.vocab_size}", "the model's own tokenizer")
     positions = getattr(settings, "max_position_embeddings", None) or 0
     longest = min(positions - unused if positions > 0 else max_length, words.model_max_length)  # XLNet says -1: without end
     if max_length > longest:
         raise ConfigError("data.max_length", f"{max_length} tokens for a model of {longest}", f"2 to {longest}")
+
+
+def vocabulary(classifier: TaskModel) -> int:
+    """Return how many tokens the model knows."""
+    return int(classifier.net.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
 
 
 def _unused_positions(net: nn.Module) -> int:

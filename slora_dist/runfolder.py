@@ -231,6 +231,10 @@ class RunFolder:
         paths = (self.path / f"{name}.jsonl" for name in (*RECORDS, SUMS))
         return [path for path in paths if path.exists()]
 
+    def reopen(self) -> None:
+        """Let the run count as unfinished: what it leaves is written anew."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         with writing(self.path / "summary.json"):

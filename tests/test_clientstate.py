@@ -100,8 +100,8 @@ def test_a_state_that_is_not_on_this_machine_is_said(tmp_path: Path, capfd: pyte
     gone, last = next(iter(took_part.items()))
     shutil.rmtree(stopped.path / "clients" / f"client-{gone:05d}")
     run(tmp_path / "run", resume=True)
-    said = [line for line in capfd.readouterr().err.splitlines() if "no state of it here" in line]
-    assert len(said) == 1 and f"client {gone} took part in round {last}, " in said[0]
+    said = [line for line in capfd.readouterr().err.splitlines() if "has no state of client " in line]
+    assert len(said) == 1 and f"has no state of client {gone} here, which was drawn in round {last}: " in said[0]
 
 
 def test_a_run_that_begins_takes_nothing_from_one_before_it(tmp_path: Path) -> None:

@@ -164,6 +164,11 @@ def test_a_run_is_finished_when_its_adapter_is_there(tmp_path: Path, monkeypatch
             run(tmp_path / "run", *SHORT)
     assert not (tmp_path / "run/summary.json").exists()
     assert same(run(tmp_path / "run", resume=True), run(tmp_path / "straight", *SHORT))
+    with monkeypatch.context() as patch:
+        patch.setattr("slora_dist.export.write", full)
+        with pytest.raises(RunError, match="adapter cannot be written"):
+            run(tmp_path / "run", resume=True)
+    assert not (tmp_path / "run/summary.json").exists(), "the adapter of a run that was finished is written anew, too"
 
 
 def test_a_run_is_loaded_by_its_folder_and_tells_its_base(runs: dict[str, RunFolder], capsys: pytest.CaptureFixture[str]) -> None:

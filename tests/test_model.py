@@ -12,10 +12,12 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from slora_dist import model
 from slora_dist.config import LowrankPhase, ModelConfig
+from slora_dist.data.federation import Federation
 from slora_dist.data.tokens import word_tokenizer
 from slora_dist.errors import ConfigError
 from slora_dist.model import TaskModel
 from tests.families import FAMILIES, NAMES, build
+from tests.tiny import tiny
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -252,6 +254,17 @@ def test_tokens_that_were_added_may_lie_beyond_the_model() -> None:
     words.add_special_tokens({"additional_special_tokens": [f"<{at}>" for at in range(50)]})
     assert len(words) > classifier.net.config.vocab_size  # type: ignore[union-attr,operator]
     model.fit(classifier, words, 16)
+    words.pad_token = "<49>"
+    with pytest.raises(ConfigError, match=r"^model\.tokenizer: "):
+        model.fit(classifier, words, 16)
+
+
+def test_documents_have_no_token_that_the_model_does_not_know() -> None:
+    federation = Federation(tiny(), None)
+    assert len(federation.client(0)) > 0
+    federation.vocabulary = 5
+    with pytest.raises(ConfigError, match=r"^model\.tokenizer: token \d+ of the document '.*' for a model of 5"):
+        federation.client(1)
 
 
 def test_positions_without_end() -> None:

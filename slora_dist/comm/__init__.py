@@ -64,7 +64,8 @@ def choose(backend: str, world: World, device: torch.device) -> str:
     if world.size == 1 and backend != "mpi":
         return "alone"
     shared_gpu = device.type == "cuda" and world.local_size > torch.cuda.device_count()
-    if backend == "nccl" and (device.type != "cuda" or shared_gpu):
+    # where each rank sees one GPU they may all be different ones: nccl says so if they are not
+    if backend == "nccl" and (device.type != "cuda" or (shared_gpu and torch.cuda.device_count() > 1)):
         problem = "nccl cannot have two ranks on one GPU" if shared_gpu else f"nccl needs GPUs, and this rank trains on {device.type}"
         raise ConfigError("comm.backend", problem, "gloo, or a GPU for every rank with run.device=cuda")
     if backend != "auto":

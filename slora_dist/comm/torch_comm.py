@@ -26,7 +26,7 @@ from slora_dist.comm.door import listen, reach_lifeline, serve_lifeline
 from slora_dist.comm.generations import Generations
 from slora_dist.comm.lifeline import Healing
 from slora_dist.comm.root_lifeline import Lifeline
-from slora_dist.errors import RootGone, RunError, TransportError
+from slora_dist.errors import ConfigError, RootGone, RunError, TransportError
 from slora_dist.world import World
 
 NCCL_PATIENCE = timedelta(days=365)  # nccl's watchdog may end the process: the deadlines are those of our waits, which may be longer
@@ -81,7 +81,7 @@ class TorchComm:
         self._store, self.generations = store, Generations(lifeline, timeout) if lifeline else None
         if self.generations is None:
             with failing(rank, "connect"):
-                _call_roll(store, rank, size)
+                _call_roll(store, backend, rank, size)
                 self._join(PrefixStore("slora_dist", store))
         elif not self.generations.joins:
             self.regroup(INIT_SECONDS)
@@ -224,9 +224,16 @@ def _connecting(rank: int) -> Iterator[None]:
         raise (RootGone(str(error)) if rank else error) from error.__cause__
 
 
-def _call_roll(store: Store, rank: int, size: int) -> None:
-    """Return once all ranks have come; say who has not after ``INIT_SECONDS``."""
-    store.set(f"here/{rank}", "1")
+def _call_roll(store: Store, backend: str, rank: int, size: int) -> None:
+    """Return once all ranks have come; say who has not after ``INIT_SECONDS``.
+
+    Raises ``ConfigError`` on all ranks when they mean different backends: groups of two kinds would wait for each other.
+    """
+    store.set(f"here/{rank}", backend)
     for peer in range(size):
         with failing(rank, f"connect within {INIT_SECONDS:.0f} s", peer):
             store.wait([f"here/{peer}"], timedelta(seconds=INIT_SECONDS))
+    found = [store.get(f"here/{peer}").decode() for peer in range(size)]
+    if other := [peer for peer in range(size) if found[peer] != found[0]]:
+        problem = f"rank 0 takes {found[0]} and rank {other[0]} {found[other[0]]}"
+        raise ConfigError("comm.backend", problem, "gloo, or nccl where every rank has a GPU of its own")

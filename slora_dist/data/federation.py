@@ -37,6 +37,7 @@ class Federation:
         self._config, self._encoded = config, dict[tuple[int, int], Encoded]()
         self._read = Instructions(config.data, tokenizer).read if config.model.task == "causal_lm" else None
         self._source: Documents | None = None
+        self.vocabulary: int | None = None  # tokens that the model knows, once that is known
         self.sizes: list[int] | None = None  # documents that each client trains on, where every rank can know them
         if config.client_files:
             self.names = class_names(config)
@@ -75,13 +76,21 @@ class Federation:
         if (client, which) not in self._encoded:
             documents, config = self._documents(client), self._config
             chosen = hold_out(len(documents), config.clients.holdout, config.run.seed, client)[which]
-            self._encoded[client, which] = encode(documents.take(chosen), self.tokenizer, config.data.max_length)
+            self._encoded[client, which] = self._encode(documents.take(chosen))
         return self._encoded[client, which]
 
     def test(self) -> Encoded:
         """Return the held-out documents that rank 0 reads."""
         documents = source.load_test(self._config.data, self.names, self._config.run.seed, self._read)
-        return encode(documents, self.tokenizer, self._config.data.max_length)
+        return self._encode(documents)
+
+    def _encode(self, documents: Documents) -> Encoded:
+        encoded = encode(documents, self.tokenizer, self._config.data.max_length)
+        for ids_T, text in zip(encoded.ids, documents.texts, strict=True) if self.vocabulary else ():
+            if ids_T.max(initial=0) >= self.vocabulary:
+                problem = f"token {ids_T.max()} of the document {text[:60]!r} for a model of {self.vocabulary}"
+                raise ConfigError("model.tokenizer", problem, "one whose added tokens the model has, or documents without them")
+        return encoded
 
     def _documents(self, client: int) -> Documents:
         if self._source is None:

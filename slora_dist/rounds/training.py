@@ -61,8 +61,8 @@ def recall(seat: Seat, done: int, resumed: Checkpoint | None) -> None:
         if home(client, seat.comm.size) == seat.comm.rank:
             seat.states.rewind(client, last, done + 1)
             if last and not seat.states.has(client):
-                problem = f"client {client} took part in round {last}, and {seat.folder.path / 'clients'} has no state of it here"
-                say(seat.comm.rank, f"{problem}: it begins anew; the run folder must lie where all ranks see it")
+                problem = f"{seat.folder.path / 'clients'} has no state of client {client} here, which was drawn in round {last}"
+                say(seat.comm.rank, f"{problem}: unless it was left out, it begins anew; the run folder must lie where all ranks see it")
 
 
 def _train(seat: Seat, stage: Stage, number: int, client: int, recipe: Recipe, state: State) -> Update:

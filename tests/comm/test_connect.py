@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import HashStore, TCPStore
 
 from slora_dist.comm import choose, connect, torch_comm
 from slora_dist.comm.door import listen
@@ -57,6 +57,18 @@ def test_nccl_needs_a_gpu_for_every_rank(local_size: int, device: torch.device, 
     with pytest.raises(ConfigError, match=problem) as caught:
         choose("nccl", world(4, local_size=local_size), device)
     assert caught.value.setting == "comm.backend"
+
+
+def test_ranks_that_each_see_one_gpu_may_take_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose("nccl", world(2, local_size=2), CUDA) == "nccl" and choose("auto", world(2, local_size=2), CUDA) == "gloo"
+
+
+def test_ranks_of_two_backends_do_not_wait_for_each_other() -> None:
+    store = HashStore()
+    store.set("here/1", "nccl")
+    with pytest.raises(ConfigError, match=r"^comm\.backend: rank 0 takes gloo and rank 1 nccl"):
+        torch_comm.TorchComm("gloo", 0, 2, store, TIMEOUT)
 
 
 def test_a_world_of_one_needs_nothing() -> None:
