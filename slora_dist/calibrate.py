@@ -24,8 +24,8 @@ TEST_DOCUMENTS = 8
 def rehearse(config: Config, comm: Communicator, device: torch.device) -> dict[str, Any] | None:
     """Return on rank 0 ``{documents: of each client, phases: {phase: {step_seconds, server_seconds}}, settings}``; every rank calls it.
 
-    ``settings`` are those that a step depends on. ``step_seconds`` is the median of a client's training over its steps, ``server_seconds``
-    what rank 0 needs in a round besides waiting, moving and evaluating. Raises ``ConfigError`` as the run would.
+    ``settings`` are those that a client's training depends on. ``step_seconds`` is the median of a client's training over its steps,
+    ``server_seconds`` what rank 0 needs in a round besides waiting, moving and evaluating. Raises ``ConfigError`` as the run would.
     """
     with tempfile.TemporaryDirectory(prefix="slora-dist-") as scratch:
         job = Job(rehearsal(config), comm, Path(scratch) / "run", device)

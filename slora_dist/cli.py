@@ -84,9 +84,10 @@ def _play(config: Config, out: Path, options: argparse.Namespace, world: World, 
     with _uncollected():  # torch only now: the number of threads is read when it is loaded
         from slora_dist import comm, device
         from slora_dist.admission import admit, joining
+        from slora_dist.comm.base import INIT_SECONDS
 
     place, healing = device.choose(config.run.device, world), _healing(config, options)
-    where.operation = f"connect within {comm.INIT_SECONDS:.0f} s"
+    where.operation = f"connect within {INIT_SECONDS:.0f} s"
     communicator = comm.connect(config.comm.backend, world, os.environ, config.comm.timeout, place, healing)
     where.operation = "admission"
     try:

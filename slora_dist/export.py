@@ -22,7 +22,7 @@ from slora_dist import adapters, methods
 from slora_dist.adapters import ABOUT, BOTTLENECK, DELTA, LORA
 from slora_dist.config import HoulsbyPhase, LowrankPhase, PfeifferPhase
 from slora_dist.errors import ConfigError
-from slora_dist.model import TaskModel, head_parameters
+from slora_dist.model import TaskModel, cause, head_parameters
 from slora_dist.support import Support
 
 TASKS = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}
@@ -97,10 +97,8 @@ def _loaded(adapter: Path) -> nn.Module:
     except ConfigError:
         raise
     except Exception as error:  # whatever the libraries say of a base that is not there, or another one by now, and of damaged files
-        said = str(error).strip().partition("\n")[0].rstrip(".")
-        cause = said if isinstance(error, OSError) else f"{error.__class__.__name__}: {said}"
         allowed = "an adapter as it was written, on a base that is there; or no --merge"
-        raise ConfigError("--merge", f"{adapter} cannot be loaded on its base ({cause})", allowed) from None
+        raise ConfigError("--merge", f"{adapter} cannot be loaded on its base ({cause(error)})", allowed) from None
 
 
 def _make(destination: Path) -> None:

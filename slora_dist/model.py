@@ -62,12 +62,7 @@ def load(config: ModelConfig, names: Sequence[str], seed: int) -> TaskModel:
     head = _head(net, config)
     _check_fit(config, head, other)
     # whoever loads the base by its name gets it as it is: a network that other settings have changed is saved
-    complete = (
-        missing is not None
-        and not config.config
-        and not other
-        and all(key.startswith(tuple(f"{module}." for module in head)) for key in missing)
-    )
+    complete = missing is not None and not config.config and not other and all(_within(key, head) for key in missing)
     return TaskModel(net, head, _place(config.name) if complete and config.name else None, config.task)
 
 
@@ -95,7 +90,7 @@ def tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
         words = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # as in _from_config; also what the libraries raise that read it, or are not there
         setting = "model.tokenizer" if config.tokenizer else "model.name"
-        raise ConfigError(setting, f"no tokenizer at {name!r} ({_cause(error)})", "a folder or hub name with a tokenizer") from None
+        raise ConfigError(setting, f"no tokenizer at {name!r} ({cause(error)})", "a folder or hub name with a tokenizer") from None
     if words.pad_token is None:  # GPT-like models have none; the attention mask hides whatever stands in for it
         words.pad_token = words.eos_token
     if words.pad_token is None:
@@ -222,7 +217,7 @@ def _settings(config: ModelConfig, names: Sequence[str]) -> Any:
         return AutoConfig.from_pretrained(folder, **(config.config | labels))
     except Exception as error:  # whatever transformers and its checks raise on settings that no model has
         allowed = "a transformers model folder, hub name or model_type, and settings that it has"
-        raise ConfigError(_blamed(config, error), f"no model ({_cause(error)})", allowed) from None
+        raise ConfigError(_blamed(config, error), f"no model ({cause(error)})", allowed) from None
 
 
 def _from_config(settings: Any, config: ModelConfig) -> Any:
@@ -230,7 +225,7 @@ def _from_config(settings: Any, config: ModelConfig) -> Any:
         return KINDS[config.task].from_config(settings, attn_implementation=config.attention, dtype=torch.float32)
     except Exception as error:  # also what torch raises on layers of no size
         allowed = f"a model with a {WORDS[config.task]}, and settings that fit together"
-        raise ConfigError(_blamed(config, error), f"no model ({_cause(error)})", allowed) from None
+        raise ConfigError(_blamed(config, error), f"no model ({cause(error)})", allowed) from None
 
 
 def _read(config: ModelConfig, settings: Any) -> Any:
@@ -248,7 +243,7 @@ def _read(config: ModelConfig, settings: Any) -> Any:
         )
     except Exception as error:  # as in _from_config
         allowed = "a folder or hub name with safetensors weights, and settings that fit them"
-        raise ConfigError(_blamed(config, error), f"{folder!r} cannot be loaded ({_cause(error)})", allowed) from None
+        raise ConfigError(_blamed(config, error), f"{folder!r} cannot be loaded ({cause(error)})", allowed) from None
 
 
 def _head(net: nn.Module, config: ModelConfig) -> tuple[str, ...]:
@@ -291,7 +286,7 @@ def _blamed(config: ModelConfig, error: Exception) -> str:
     return "model.config" if changed or config.name is None else "model.name"
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """Return what an error says, in one line; by its kind where it hardly says anything."""
     said = " ".join(str(error).split()).rstrip(".")
     said = said if len(said) <= SHOWN else f"{said[:SHOWN]}..."  # transformers may go on with all models that it knows

@@ -99,7 +99,7 @@ def step_settings(config: Config) -> dict[str, Any]:
 
 
 def require_fit(config: Config, machine: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` when the file knows no phase of the run, or was measured with other clients or settings of a step."""
+    """Raise ``ConfigError`` when the file knows no phase of the run, or was measured with other clients or ``step_settings``."""
     documents, own, found = machine["documents"], step_settings(config), machine["settings"]
     if len(documents) != config.clients.count:
         problem = f"measured with {len(documents)} clients, and clients.count is {config.clients.count}"

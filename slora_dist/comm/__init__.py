@@ -4,13 +4,11 @@ from collections.abc import Mapping
 
 import torch
 
-from slora_dist.comm.base import INIT_SECONDS, Transport
+from slora_dist.comm.base import Transport
 from slora_dist.comm.lifeline import Healing
 from slora_dist.errors import ConfigError
 from slora_dist.log import say
 from slora_dist.world import World, rendezvous
-
-__all__ = ["INIT_SECONDS", "choose", "connect", "watched"]
 
 
 def connect(

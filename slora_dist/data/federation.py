@@ -86,7 +86,9 @@ class Federation:
 
     def _encode(self, documents: Documents) -> Encoded:
         encoded = encode(documents, self.tokenizer, self._config.data.max_length)
-        for ids_T, text in zip(encoded.ids, documents.texts, strict=True) if self.vocabulary else ():
+        if self.vocabulary is None or len(self.tokenizer) <= self.vocabulary:
+            return encoded
+        for ids_T, text in zip(encoded.ids, documents.texts, strict=True):
             if ids_T.max(initial=0) >= self.vocabulary:
                 problem = f"token {ids_T.max()} of the document {text[:60]!r} for a model of {self.vocabulary}"
                 raise ConfigError("model.tokenizer", problem, "one whose added tokens the model has, or documents without them")

@@ -178,14 +178,8 @@ def _read(file: Path, setting: str) -> Any:
         raise ConfigError(setting, f"{file} has an unknown format", FORMATS)
     if file.suffix == ".parquet" and (rows := _parquet(file, setting)):
         return rows
-    builder, options = READERS[file.suffix]
     datasets = _library()
-    if builder == "json":
-        from datasets.packaged_modules.json.json import JsonConfig
-
-        options = {name: value for name, value in options.items() if name in {field.name for field in fields(JsonConfig)}}
-    if file.suffix == ".tsv" and not _quoted(file):
-        options = options | {"quoting": csv.QUOTE_NONE}
+    builder, options = _reader(file)
     try:
         with tempfile.TemporaryDirectory() as cache:  # ranks share no cache, so they need no locks, and none goes stale
             return datasets.load_dataset(builder, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True, **options)
@@ -193,6 +187,19 @@ def _read(file: Path, setting: str) -> Any:
         raise ConfigError(setting, f"{file} holds no documents", "at least one") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(file, setting, error) from None
+
+
+def _reader(file: Path) -> tuple[str, dict[str, Any]]:
+    """Return the ``datasets`` builder that reads a file, and its options, as far as this version of it has them."""
+    builder, options = READERS[file.suffix]
+    if builder == "json":
+        from datasets.packaged_modules.json.json import JsonConfig
+
+        known = {field.name for field in fields(JsonConfig)}
+        return builder, {name: value for name, value in options.items() if name in known}
+    if file.suffix == ".tsv" and not _quoted(file):
+        return builder, options | {"quoting": csv.QUOTE_NONE}
+    return builder, options
 
 
 def _quoted(file: Path) -> bool:
